@@ -1,0 +1,27 @@
+"""The precision policy: which numbers are kept and multiplied in which type."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Parameters and optimizer stay float32; matrix products run in `compute`.
+
+    Camera algebra, projection, sampling coordinates, softmax, norms, Gaussian decoding, rasterization and losses run
+    in at least float32 whatever is set here; `full` is the cast that says so.
+    """
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.compute)
+
+
+def full(x: Array) -> Array:
+    """`x` in at least float32: bfloat16 and float16 are widened, float64 stays."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
