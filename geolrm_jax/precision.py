@@ -19,6 +19,7 @@ class Precision:
 
     @property
     def dtype(self) -> jnp.dtype:
+        """`compute` as a dtype."""
         return jnp.dtype(self.compute)
 
 

@@ -1,0 +1,1 @@
+"""Operations with hardware kernels: one folder each, a readable reference beside them."""

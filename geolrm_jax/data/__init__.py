@@ -1,0 +1,1 @@
+"""Objects as records: sources, builders, and the pipeline that feeds training."""

@@ -1,0 +1,1 @@
+"""The evaluation protocol, its runner and its report."""

@@ -1,0 +1,1 @@
+"""Gaussians and pictures as files that other programs open."""

@@ -1,0 +1,1 @@
+"""Cameras, voxel grids, rotations."""

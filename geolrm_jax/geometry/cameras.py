@@ -83,12 +83,12 @@ def resize(cameras: Cameras, height: int, width: int) -> Cameras:
 
 
 def from_opengl(world_from_camera: np.ndarray) -> np.ndarray:
-    """OpenCV poses of OpenGL/Blender poses (..., 4, 4): x right, y up, z backward becomes x right, y down, z forward."""
+    """OpenCV poses of OpenGL or Blender poses (..., 4, 4), whose camera axes are x right, y up, z backward."""
     return world_from_camera * np.array([1.0, -1.0, -1.0, 1.0], dtype=world_from_camera.dtype)
 
 
 def look_at(positions: np.ndarray, target=(0.0, 0.0, 0.0), up=(0.0, 0.0, 1.0)) -> np.ndarray:
-    """OpenCV poses (..., 4, 4) at `positions` (..., 3) that look at `target`; straight up or down, image right is +y."""
+    """OpenCV poses (..., 4, 4) at `positions` (..., 3) that look at `target`; looking along `up`, image right is +y."""
     forward = np.asarray(target) - positions
     forward = forward / np.linalg.norm(forward, axis=-1, keepdims=True)
     right = np.cross(forward, np.broadcast_to(up, forward.shape))

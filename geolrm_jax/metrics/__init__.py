@@ -1,0 +1,1 @@
+"""What evaluation reports of images and of geometry."""

@@ -1,0 +1,1 @@
+"""Checkpoints, sharding, logging: what training, evaluation and inference share."""

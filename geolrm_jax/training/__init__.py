@@ -1,0 +1,1 @@
+"""Objectives, the train step, the loop."""

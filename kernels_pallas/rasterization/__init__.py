@@ -1,0 +1,1 @@
+"""Blending of sorted Gaussians in tiles."""
