@@ -15,12 +15,17 @@ class Precision:
     in at least float32 whatever is set here; `full` is the cast that says so.
     """
 
-    compute: Literal["float32", "bfloat16"] = "float32"
+    compute: Literal["bfloat16", "float32", "float64"] = "float32"
 
     @property
     def dtype(self) -> jnp.dtype:
         """`compute` as a dtype."""
         return jnp.dtype(self.compute)
+
+    @property
+    def wide(self) -> jnp.dtype:
+        """The dtype of norms and the like: `compute`, but at least float32."""
+        return jnp.promote_types(self.dtype, jnp.float32)
 
 
 def full(x: Array) -> Array:

@@ -1,0 +1,88 @@
+"""Deformable cross-attention from anchors to the feature maps of all views (paper, Eq. 5; Zhu et al. 2021)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from geolrm_jax.geometry.cameras import project
+from geolrm_jax.models.layers import linear
+from geolrm_jax.precision import Precision, full
+from geolrm_jax.scene import Anchors, Views, pytree
+from kernels_pallas.deformable_attention import multiview_deformable_attention
+
+
+@pytree
+class Features:
+    """What anchors look at.
+
+    Attributes:
+      maps: one (B, V, H_l, W_l, C) map per level.
+      reference_points: the anchors' projections, x and y as fractions of the image.
+      view_valid: the view exists and the anchor lies in front of its camera.
+    """
+
+    maps: tuple[Float[Array, "b v _h_l _w_l c"], ...]
+    reference_points: Float[Array, "b v n 2"]
+    view_valid: Bool[Array, "b v n"]
+
+
+def look(maps: tuple[Array, ...], views: Views, anchors: Anchors) -> Features:
+    """Joins feature maps with the anchors' projections, which are the same for all layers."""
+    pixels, z = project(views.cameras, anchors.positions)
+    size = jnp.array([views.cameras.width, views.cameras.height], pixels.dtype)
+    return Features(maps, pixels / size, (z > 0) & views.valid[..., None])
+
+
+def masked_softmax(logits: Float[Array, "*batch"], mask: Bool[Array, "*batch"], axis: int) -> Float[Array, "*batch"]:
+    """Softmax over the entries that `mask` keeps; zero everywhere if it keeps none."""
+    logits = jnp.where(mask, logits, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=axis, keepdims=True, initial=-1e30))
+    weights = jnp.where(mask, jnp.exp(jnp.where(mask, logits - top, 0.0)), 0.0)
+    return weights / jnp.maximum(weights.sum(axis, keepdims=True), 1e-30)
+
+
+def ring_offsets(heads: int, levels: int, points: int) -> np.ndarray:
+    """Initial offsets (K·L·P·2) of Deformable DETR: head k looks in direction 2πk/K, point p at distance p + 1."""
+    angles = 2 * np.pi * np.arange(heads) / heads
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    directions /= np.abs(directions).max(-1, keepdims=True)
+    rings = directions[:, None, None, :] * np.arange(1, points + 1)[:, None]
+    return np.broadcast_to(rings, (heads, levels, points, 2)).astype(np.float32).reshape(-1)
+
+
+class DeformableCrossAttention(nnx.Module):
+    """Offsets and logits come from the anchor's token once; each view is sampled around the anchor's projection there,
+    and views are averaged with weights that depend on what was found in them."""
+
+    def __init__(
+        self, width: int, heads: int, channels: int, levels: int, points: int, *, rngs: nnx.Rngs, precision: Precision
+    ):
+        self.heads, self.levels, self.points = heads, levels, points
+        zeros, xavier = jax.nn.initializers.zeros, jax.nn.initializers.xavier_uniform()
+        ring = ring_offsets(heads, levels, points)
+        samples = heads * levels * points
+        # Sampling coordinates and the weights of samples and views are never below float32.
+        wide = Precision(str(precision.wide))
+        self.offsets = linear(
+            width, 2 * samples, kernel_init=zeros, bias_init=lambda *_, **__: jnp.array(ring), rngs=rngs, precision=wide
+        )
+        self.logits = linear(width, samples, kernel_init=zeros, bias_init=zeros, rngs=rngs, precision=wide)
+        self.value = linear(channels, width, kernel_init=xavier, bias_init=zeros, rngs=rngs, precision=precision)
+        self.view_logit = linear(width, 1, rngs=rngs, precision=wide)
+        self.out = linear(width, width, kernel_init=xavier, bias_init=zeros, rngs=rngs, precision=precision)
+
+    def __call__(self, x: Float[Array, "b n d"], anchors: Anchors, features: Features) -> Float[Array, "b n d"]:
+        shape = (*x.shape[:2], self.heads, self.levels, self.points)
+        sampled = multiview_deformable_attention(
+            tuple(rearrange(self.value(m), "b v h w (k c) -> b v h w k c", k=self.heads) for m in features.maps),
+            features.reference_points,
+            self.offsets(x).reshape(*shape, 2),
+            self.logits(x).reshape(shape),
+            features.view_valid,
+        )
+        sampled = rearrange(sampled, "b v n k c -> b v n (k c)")
+        weights = masked_softmax(full(self.view_logit(sampled)), features.view_valid[..., None], axis=1)
+        return self.out(jnp.einsum("bvnd,bvno->bnd", full(sampled), weights))

@@ -1,0 +1,124 @@
+"""DINOv2's vision transformer (Oquab et al. 2023): patch tokens of an image of any size that is a multiple of 14."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from geolrm_jax.models.layers import linear, scan_blocks, stack
+from geolrm_jax.precision import Precision, full
+
+PATCH = 14
+PositionRule = Literal["scale_factor", "size"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """A DINOv2 backbone; the defaults are ViT-B/14."""
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: int = 4
+    pretrained_grid: int = 37
+    """Side, in patches, of the image that the position embedding was made for."""
+    position_rule: PositionRule = "scale_factor"
+    """How positions are interpolated: by (h + 0.1) / grid as DINOv2's own code does, or to the size."""
+    layer_scale: float = 1.0
+    """Initial value of LayerScale."""
+    remat: bool = True
+    """Recompute each block's activations in the backward pass."""
+
+    def make(self, rngs: nnx.Rngs, precision: Precision) -> "ViT":
+        """The module, with fresh parameters."""
+        return ViT(self, rngs=rngs, precision=precision)
+
+
+def _vit_linear(inputs: int, outputs: int, rngs: nnx.Rngs, precision: Precision) -> nnx.Linear:
+    init = jax.nn.initializers.truncated_normal(0.02)
+    zeros = jax.nn.initializers.zeros
+    return linear(inputs, outputs, rngs=rngs, precision=precision, kernel_init=init, bias_init=zeros)
+
+
+class ViTBlock(nnx.Module):
+    """Pre-norm attention and MLP, each scaled per channel (LayerScale)."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, precision: Precision):
+        width = config.width
+        self.heads = config.heads
+        self.norm1 = nnx.LayerNorm(width, epsilon=1e-6, dtype=precision.wide, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, epsilon=1e-6, dtype=precision.wide, rngs=rngs)
+        self.query, self.key, self.value, self.out = (_vit_linear(width, width, rngs, precision) for _ in range(4))
+        self.fc1 = _vit_linear(width, config.mlp_ratio * width, rngs, precision)
+        self.fc2 = _vit_linear(config.mlp_ratio * width, width, rngs, precision)
+        self.scale1 = nnx.Param(jnp.full(width, config.layer_scale))
+        self.scale2 = nnx.Param(jnp.full(width, config.layer_scale))
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        y = self.norm1(x)
+        q, k, v = (rearrange(p(y), "b n (k c) -> b n k c", k=self.heads) for p in (self.query, self.key, self.value))
+        y = rearrange(jax.nn.dot_product_attention(q, k, v), "b n k c -> b n (k c)")
+        x = x + self.scale1[...] * self.out(y)
+        return x + self.scale2[...] * self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
+
+
+class ViT(nnx.Module):
+    """Patch embedding, class token, interpolated positions, blocks, final LayerNorm."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, precision: Precision):
+        width = config.width
+        normal = jax.nn.initializers.truncated_normal(0.02)
+        self.config = config
+        self.patches = nnx.Conv(
+            3, width, (PATCH, PATCH), PATCH, padding="VALID", kernel_init=normal, dtype=precision.dtype, rngs=rngs
+        )
+        self.class_token = nnx.Param(normal(rngs.params(), (width,)))
+        self.positions = nnx.Param(normal(rngs.params(), (1 + config.pretrained_grid**2, width)))
+        self.blocks = stack(lambda rngs: ViTBlock(config, rngs=rngs, precision=precision), config.depth, rngs)
+        self.norm = nnx.LayerNorm(width, epsilon=1e-6, dtype=precision.wide, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h14 w14 d"]:
+        """Patch tokens of normalised images, as a map; the class token takes part but is not returned."""
+        x = full(self.patches(images))
+        rows, columns = x.shape[1:3]
+        x = rearrange(x, "b r c d -> b (r c) d")
+        first = jnp.broadcast_to(self.class_token[...], (x.shape[0], 1, x.shape[-1]))
+        x = jnp.concatenate([first, x], axis=1)
+        x = x + interpolate_positions(self.positions[...], rows, columns, self.config.position_rule)
+        x = self.norm(scan_blocks(self.blocks, x, remat=self.config.remat))
+        return rearrange(x[:, 1:], "b (r c) d -> b r c d", r=rows)
+
+
+def interpolate_positions(
+    positions: Float[Array, "n d"], rows: int, columns: int, rule: PositionRule
+) -> Float[Array, "m d"]:
+    """Position embeddings (class token, then a square grid) for a `rows` x `columns` grid of patches.
+
+    torch's bicubic (a = -0.75, borders repeated, no antialiasing), which `jax.image.resize` does not offer. The
+    grid that the embedding was made for is returned unchanged.
+    """
+    grid = int((positions.shape[0] - 1) ** 0.5)
+    if (rows, columns) == (grid, grid):
+        return positions
+    patches = positions[1:].reshape(grid, grid, -1)
+    patches = jnp.einsum("ri,cj,ijd->rcd", *(_bicubic(grid, n, rule) for n in (rows, columns)), patches)
+    return jnp.concatenate([positions[:1], patches.reshape(rows * columns, -1)])
+
+
+def _bicubic(source: int, target: int, rule: PositionRule) -> np.ndarray:
+    """The (target, source) matrix of torch's bicubic interpolation along one axis."""
+    step = source / (target + 0.1) if rule == "scale_factor" else source / target
+    x = (np.arange(target) + 0.5) * step - 0.5
+    taps = np.floor(x).astype(int)[:, None] + np.arange(-1, 3)
+    distance, a = np.abs(x[:, None] - taps), -0.75
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    matrix = np.zeros((target, source), np.float32)
+    rows = np.broadcast_to(np.arange(target)[:, None], taps.shape)
+    np.add.at(matrix, (rows, taps.clip(0, source - 1)), np.where(distance <= 1, near, far))
+    return matrix
