@@ -109,8 +109,14 @@ def figure(picture: UInt8[np.ndarray, "h w 3"], caption: str) -> str:
     return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """A table of texts, escaped here; columns after the first `text_columns` are numbers, set to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1, kind: str = "results") -> str:
+    """A table of texts, escaped here.
+
+    Args:
+      header: one name a column, or nothing.
+      text_columns: columns after these are numbers, set to the right.
+      kind: CSS class of the table.
+    """
 
     def line(cells, tag):
         kinds = ("" if column < text_columns else ' class="number"' for column in range(len(cells)))
@@ -118,7 +124,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: in
 
     head = f"<thead><tr>{line(header, 'th')}</tr></thead>" if header else ""
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
 
 
 def write_page(path: Path | str, title: str, body: str, style: str = "") -> None:
