@@ -1,0 +1,211 @@
+"""The one record layout: an object as every source gives it, the builder writes it and the pipeline reads it.
+
+Layout, version 1. V views, all H x W; G voxels a side.
+
+| field              | type, shape          | meaning                                                                     |
+|--------------------|----------------------|-----------------------------------------------------------------------------|
+| id                 | str                  | unique in its split: "dict/inst", a folder's name, "procedural/7"           |
+| view_ids           | int32 (V,)           | numbers of the views at the source, distinct                                |
+| images             | V x bytes            | uint8 (H, W, 4), sRGB-encoded colour with straight alpha: PNG or raw C order |
+| depths             | V x bytes            | uint16 (H, W): PNG or raw little-endian; 0 = missing, else see `depth_range` |
+| depth_range        | float32 (V, 2)       | (near, far) in cube sides: a value q > 0 is near + (q - 1)(far - near)/65534 |
+| world_from_camera  | float32 (V, 4, 4)    | rigid poses, OpenCV axes, cube sides, z up                                  |
+| intrinsics         | float32 (V, 3, 3)    | pixels of the H x W image, pixel centres at +0.5                            |
+| size               | int32 (2,)           | (H, W)                                                                      |
+| occupancy          | bytes, ceil(G^3 / 8) | bits of (G, G, G) over (x, y, z), C order, first voxel in the highest bit   |
+| grid               | int                  | G                                                                           |
+| occupancy_rounding | str                  | rule by which points became voxels: "voxel" or "released"                   |
+| encoding           | str                  | of images and depths: "raw" or "png"                                        |
+
+Views are encoded one by one, so that reading 8 of 40 decodes 8. Depth is camera z; its error is at most half a step,
+(far - near) / 131068: 1.4e-5 cube sides for an object that fills the cube.
+"""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, UInt8
+from PIL import Image
+
+from geolrm_jax.geometry.voxels import Rounding
+from geolrm_jax.scene import Cameras
+
+FORMAT_VERSION = 1
+Encoding = Literal["raw", "png"]
+_DEPTH_STEPS = 65534
+
+
+class PosedImages(NamedTuple):
+    """Decoded views of one object, NumPy throughout: what every source reads and inference takes.
+
+    Attributes:
+      view_ids: (V,) int32, distinct numbers of the views at the source.
+      rgba: (V, H, W, 4) uint8, straight alpha.
+      depth: (V, H, W) float32, camera z in cube sides, 0 where missing.
+      cameras: (V,) with the images' height and width.
+    """
+
+    view_ids: Int32[np.ndarray, "v"]
+    rgba: UInt8[np.ndarray, "v h w 4"]
+    depth: Float32[np.ndarray, "v h w"]
+    cameras: Cameras
+
+
+def check_views(views: PosedImages, origin: str) -> PosedImages:
+    """The views themselves, once they are known to be sound.
+
+    Raises:
+      ValueError: naming `origin`, the view and what was expected: shapes that disagree, repeated view numbers, depth
+        that is not finite or negative, a camera whose matrix is no rotation or no finite number.
+    """
+    ids, rgba, depth, cameras = views
+    count = len(ids)
+    size = (cameras.height, cameras.width)
+    expected = {
+        "rgba": (rgba, (count, *size, 4)),
+        "depth": (depth, (count, *size)),
+        "world_from_camera": (cameras.world_from_camera, (count, 4, 4)),
+        "intrinsics": (cameras.intrinsics, (count, 3, 3)),
+    }
+    for name, (array, shape) in expected.items():
+        if array.shape != shape:
+            raise ValueError(f"{origin}: {name} has shape {array.shape}, expected {shape}")
+    if count == 0 or len(set(ids.tolist())) != count:
+        raise ValueError(f"{origin}: expected at least one view and distinct view numbers, got {ids.tolist()}")
+    for i, view in enumerate(ids.tolist()):
+        check_camera(cameras.world_from_camera[i], cameras.intrinsics[i], f"{origin}, view {view}")
+        if not np.isfinite(depth[i]).all() or depth[i].min() < 0.0:
+            raise ValueError(f"{origin}, view {view}: depth must be finite and not negative (0 = missing)")
+    return views
+
+
+def check_camera(world_from_camera: np.ndarray, intrinsics: np.ndarray, origin: str) -> None:
+    """Raises a ValueError naming `origin` unless the pose is rigid and the intrinsics describe a pinhole camera."""
+    if not (np.isfinite(world_from_camera).all() and np.isfinite(intrinsics).all()):
+        raise ValueError(f"{origin}: the camera holds a number that is not finite")
+    rotation = world_from_camera[:3, :3].astype(np.float64)
+    if np.abs(rotation.T @ rotation - np.eye(3)).max() > 1e-3 or np.linalg.det(rotation) < 0.0:
+        raise ValueError(f"{origin}: the camera matrix is no rotation: orthonormal axes, determinant +1 expected")
+    if np.abs(world_from_camera[3] - (0.0, 0.0, 0.0, 1.0)).max() > 1e-6:
+        raise ValueError(f"{origin}: the last row of the camera matrix must be 0 0 0 1")
+    if intrinsics[0, 0] <= 0.0 or intrinsics[1, 1] <= 0.0:
+        raise ValueError(f"{origin}: focal lengths must be positive, got {intrinsics[0, 0]} and {intrinsics[1, 1]}")
+
+
+def select_views(views: PosedImages, ids: Sequence[int], origin: str) -> PosedImages:
+    """The views with the given numbers, in that order; a ValueError names the missing ones."""
+    rows = find_rows(views.view_ids, ids, origin)
+    cameras = views.cameras
+    chosen = Cameras(cameras.world_from_camera[rows], cameras.intrinsics[rows], cameras.height, cameras.width)
+    return PosedImages(views.view_ids[rows], views.rgba[rows], views.depth[rows], chosen)
+
+
+def find_rows(view_ids: np.ndarray, wanted: Sequence[int], origin: str) -> list[int]:
+    """Positions of the wanted view numbers in `view_ids`; a ValueError names the missing ones."""
+    row_of = {view: row for row, view in enumerate(view_ids.tolist())}
+    missing = [int(view) for view in wanted if int(view) not in row_of]
+    if missing:
+        raise ValueError(f"{origin}: no views {missing}; it has {view_ids.tolist()}")
+    return [row_of[int(view)] for view in wanted]
+
+
+def _to_png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _encode(array: np.ndarray, encoding: Encoding) -> bytes:
+    return _to_png(array) if encoding == "png" else np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes()
+
+
+def _decode(data: bytes, dtype: str, shape: tuple[int, ...], encoding: str) -> np.ndarray:
+    if encoding == "png":
+        return np.asarray(Image.open(io.BytesIO(data)), dtype).reshape(shape)
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _quantize(depth: Float32[np.ndarray, "h w"]) -> tuple[np.ndarray, tuple[float, float]]:
+    """Depth as uint16 with its (near, far)."""
+    present = depth > 0.0
+    if not present.any():
+        return np.zeros(depth.shape, np.uint16), (0.0, 0.0)
+    near, far = float(depth[present].min()), float(depth[present].max())
+    steps = np.rint((depth - near) * (_DEPTH_STEPS / max(far - near, 1e-9)))
+    return np.where(present, 1 + steps, 0).astype(np.uint16), (near, far)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One object as it is stored; the module's docstring has the layout."""
+
+    id: str
+    view_ids: Int32[np.ndarray, "v"]
+    images: tuple[bytes, ...]
+    depths: tuple[bytes, ...]
+    depth_range: Float32[np.ndarray, "v 2"]
+    world_from_camera: Float32[np.ndarray, "v 4 4"]
+    intrinsics: Float32[np.ndarray, "v 3 3"]
+    size: tuple[int, int]
+    occupancy_bits: bytes
+    grid: int
+    occupancy_rounding: Rounding
+    encoding: Encoding
+
+    @classmethod
+    def encode(
+        cls,
+        id: str,
+        views: PosedImages,
+        occupancy: Bool[np.ndarray, "g g g"],
+        *,
+        occupancy_rounding: Rounding,
+        encoding: Encoding,
+    ) -> "Record":
+        """The record of decoded views and their occupancy; raises ValueError as `check_views` does."""
+        check_views(views, id)
+        quantized = [_quantize(depth) for depth in views.depth]
+        return cls(
+            id=id,
+            view_ids=views.view_ids.astype(np.int32),
+            images=tuple(_encode(image, encoding) for image in views.rgba),
+            depths=tuple(_encode(depth, encoding) for depth, _ in quantized),
+            depth_range=np.array([limits for _, limits in quantized], np.float32),
+            world_from_camera=views.cameras.world_from_camera.astype(np.float32),
+            intrinsics=views.cameras.intrinsics.astype(np.float32),
+            size=(views.cameras.height, views.cameras.width),
+            occupancy_bits=np.packbits(occupancy).tobytes(),
+            grid=len(occupancy),
+            occupancy_rounding=occupancy_rounding,
+            encoding=encoding,
+        )
+
+    @property
+    def occupancy(self) -> Bool[np.ndarray, "g g g"]:
+        """Ground truth over (x, y, z), C order."""
+        bits = np.unpackbits(np.frombuffer(self.occupancy_bits, np.uint8), count=self.grid**3)
+        return bits.reshape((self.grid,) * 3).astype(bool)
+
+    def rgba(self, row: int) -> UInt8[np.ndarray, "h w 4"]:
+        """The picture in position `row`."""
+        return _decode(self.images[row], "u1", (*self.size, 4), self.encoding)
+
+    def depth(self, row: int) -> Float32[np.ndarray, "h w"]:
+        """Camera z in cube sides of the view in position `row`, 0 where missing."""
+        steps = _decode(self.depths[row], "<u2", self.size, self.encoding)
+        near, far = self.depth_range[row]
+        return np.where(steps > 0, near + (steps.astype(np.float32) - 1.0) * ((far - near) / _DEPTH_STEPS), 0.0).astype(np.float32)
+
+    def cameras(self, rows: Sequence[int]) -> Cameras:
+        """Cameras of the views in positions `rows`."""
+        rows = list(rows)
+        return Cameras(self.world_from_camera[rows], self.intrinsics[rows], *self.size)
+
+    def views(self, ids: Sequence[int] | None = None) -> PosedImages:
+        """Decoded views with the given numbers, all of them by default; ValueError where one is missing."""
+        rows = range(len(self.view_ids)) if ids is None else find_rows(self.view_ids, ids, self.id)
+        rgba, depth = np.stack([self.rgba(r) for r in rows]), np.stack([self.depth(r) for r in rows])
+        return PosedImages(self.view_ids[list(rows)], rgba, depth, self.cameras(rows))
