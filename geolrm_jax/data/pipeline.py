@@ -7,12 +7,13 @@ together sees the same sequence, and a restored iterator goes on exactly where i
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import grain.python as grain
+import grain
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import flags
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
@@ -79,14 +80,12 @@ def open_split(directory: Path | str, split: str) -> RecordSource:
     return RecordSource(directory, split)
 
 
-def choose_views(
-    view_ids: np.ndarray, views: int, inputs: int, rule: ViewRule, rng: np.random.Generator, origin: str
-) -> list[int]:
-    """Numbers of the views of one training example; the first `inputs` of them are its inputs.
+def choose_views(view_ids: np.ndarray, views: int, rule: ViewRule, rng: np.random.Generator, origin: str) -> list[int]:
+    """Numbers of the views of one training example; the first ones are its inputs.
 
     "paper": `views` of the record's views, drawn without replacement. "released": four views 90 degrees apart on the
-    ring 0..23 from a random start, then random others; inputs alternate between the two groups, starting with the
-    ring, so that any leading number of them holds at least as many ring views as others.
+    ring 0..23 from a random start and random others; one of the four comes first, the rest in random order, so that
+    any leading number of them holds at least one of the four.
 
     Raises:
       ValueError: naming `origin`, if the record has too few views.
@@ -94,14 +93,14 @@ def choose_views(
     present = view_ids.tolist()
     if len(present) < views:
         raise ValueError(f"{origin} has {len(present)} views, {views} are to be drawn")
+    shuffled = [present[i] for i in rng.permutation(len(present))]
     if rule == "paper":
-        return [present[i] for i in rng.permutation(len(present))[:views]]
+        return shuffled[:views]
     start = int(rng.integers(_RING))
-    ring = [(start + 6 * i) % _RING for i in rng.permutation(4)]
+    ring = [(start + step) % _RING for step in (0, 6, 12, 18)]
     find_rows(view_ids, ring, origin)
-    others = [present[i] for i in rng.permutation(len(present)) if present[i] not in ring][: max(views - 4, 0)]
-    mixed = [view for pair in zip(ring, others, strict=False) for view in pair]
-    return (mixed + ring[len(others) :] + others[4:])[:views]
+    rest = [*ring[1:], *[view for view in shuffled if view not in ring][: max(views - 4, 0)]]
+    return [ring[0], *(rest[i] for i in rng.permutation(len(rest)))][:views]
 
 
 def _resize_channels(image: Float32[np.ndarray, "h w c"], height: int, width: int) -> Float32[np.ndarray, "h2 w2 c"]:
@@ -162,6 +161,71 @@ def make_example(
         chosen = Cameras(cameras.world_from_camera[rows], cameras.intrinsics[rows], cameras.height, cameras.width)
         return make_views(PosedImages(decoded.view_ids[rows], decoded.rgba[rows], decoded.depth[rows], chosen), size)
 
-    return _unchecked_batch(
-        pick(input_ids, input_size), pick(target_ids, render_size), record.occupancy, np.int32(index)
-    )
+    inputs, targets = pick(input_ids, input_size), pick(target_ids, render_size)
+    batch = Batch(_stack([inputs]), _stack([targets]), record.occupancy[None], np.array([index], np.int32))
+    return jax.tree.map(lambda x: x[0], batch)
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    """Pytrees of NumPy arrays with a new leading axis."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def training_dataset(
+    source: RecordSource,
+    *,
+    batch: int,
+    views: int,
+    inputs: int,
+    input_size: tuple[int, int],
+    render_size: tuple[int, int],
+    seed: int,
+    shard: tuple[int, int] = (0, 1),
+    view_rule: ViewRule = "paper",
+    threads: int = 2,
+    processes: int = 0,
+) -> grain.IterDataset:
+    """Endless batches of one process.
+
+    Args:
+      source: a split's records.
+      batch: objects in a batch of this process; step k of all processes together holds the next objects in order.
+      views: views drawn of each object; all are targets.
+      inputs: how many of them are inputs too, the first ones.
+      input_size, render_size: (H, W) of inputs and targets.
+      seed: of order and view choice.
+      shard: (index, count) of this process; the global order does not depend on the count.
+      view_rule: see `choose_views`.
+      threads: that decode ahead, in this process or in each worker process.
+      processes: worker processes; 0 decodes in this one, which is enough where steps are slow.
+
+    Returns:
+      A Grain dataset of `Batch` (B leading, NumPy leaves); its iterator has `get_state` and `set_state`.
+
+    Raises:
+      ValueError: if there are fewer views than inputs, or no records.
+    """
+    if not 0 < inputs <= views:
+        raise ValueError(f"expected 0 < inputs <= views, got inputs={inputs}, views={views}")
+    if len(source) == 0:
+        raise ValueError(f"{source!r} is empty")
+    index, count = shard
+
+    def draw(record_index: int, rng: np.random.Generator) -> tuple[int, int]:
+        return record_index, int(rng.integers(2**63))
+
+    def decode(drawn: tuple[int, int]) -> Batch:
+        record_index, choice = drawn
+        record = source[record_index]
+        ids = choose_views(record.view_ids, views, view_rule, np.random.default_rng(choice), record.id)
+        return make_example(record, ids[:inputs], ids, input_size, render_size, record_index)
+
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    # The draw stands before the slice: after it, every process would draw the same numbers for different records.
+    examples = order.random_map(draw)[index::count].map(decode).batch(batch, batch_fn=_stack)
+    dataset = examples.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    if processes:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which a program without absl never parses.
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes))
+    return dataset

@@ -119,7 +119,11 @@ def _to_png(array: np.ndarray) -> bytes:
 
 
 def _encode(array: np.ndarray, encoding: Encoding) -> bytes:
-    return _to_png(array) if encoding == "png" else np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes()
+    return (
+        _to_png(array)
+        if encoding == "png"
+        else np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes()
+    )
 
 
 def _decode(data: bytes, dtype: str, shape: tuple[int, ...], encoding: str) -> np.ndarray:
@@ -197,7 +201,9 @@ class Record:
         """Camera z in cube sides of the view in position `row`, 0 where missing."""
         steps = _decode(self.depths[row], "<u2", self.size, self.encoding)
         near, far = self.depth_range[row]
-        return np.where(steps > 0, near + (steps.astype(np.float32) - 1.0) * ((far - near) / _DEPTH_STEPS), 0.0).astype(np.float32)
+        return np.where(steps > 0, near + (steps.astype(np.float32) - 1.0) * ((far - near) / _DEPTH_STEPS), 0.0).astype(
+            np.float32
+        )
 
     def cameras(self, rows: Sequence[int]) -> Cameras:
         """Cameras of the views in positions `rows`."""
