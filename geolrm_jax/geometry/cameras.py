@@ -35,7 +35,8 @@ def _pixel_directions(cameras: Cameras) -> Float[Array, "*batch h w 3"]:
 def rays(cameras: Cameras) -> tuple[Float[Array, "*batch 3"], Float[Array, "*batch h w 3"]]:
     """Origins and unit directions of the rays through the pixel centres."""
     directions = _pixel_directions(cameras)
-    return cameras.world_from_camera[..., :3, 3], directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
+    origins = jnp.asarray(cameras.world_from_camera)[..., :3, 3]
+    return origins, directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
 
 
 def plucker(cameras: Cameras) -> Float[Array, "*batch h w 6"]:

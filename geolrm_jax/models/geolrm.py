@@ -3,8 +3,9 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Int, Key
 
 from geolrm_jax.models.gaussian_decoder import GaussianDecoderConfig
 from geolrm_jax.models.geo_transformer import TransformerConfig
@@ -46,7 +47,8 @@ class GeoLRMConfig:
     """Both networks; the defaults are the paper's model."""
 
     proposal: ProposalConfig = ProposalConfig()
-    reconstruction: ReconstructionConfig = ReconstructionConfig()
+    reconstruction: ReconstructionConfig | None = ReconstructionConfig()
+    """None leaves this network out: what the proposal stage trains."""
 
     def make(self, rngs: nnx.Rngs, precision: Precision) -> "GeoLRM":
         """The module, with fresh parameters."""
@@ -58,13 +60,20 @@ class GeoLRM(nnx.Module):
 
     def __init__(self, config: GeoLRMConfig, *, rngs: nnx.Rngs, precision: Precision):
         self.proposal = config.proposal.make(rngs, precision)
-        self.reconstruction = config.reconstruction.make(rngs, precision)
+        if config.reconstruction:
+            self.reconstruction = config.reconstruction.make(rngs, precision)
 
-    def __call__(self, views: Views, *, max_anchors: int, key: Key[Array, ""]) -> tuple[Gaussians, Anchors]:
-        """Gaussians (B, max_anchors · per anchor) of posed views (B, V), and the anchors that they grew from."""
-        anchors = self.propose(views, max_anchors=max_anchors, key=key)
-        return self.reconstruction(anchors, views), anchors
+    def __call__(
+        self, views: Views, *, max_anchors: int, key: Key[Array, ""]
+    ) -> tuple[Gaussians, Float[Array, "b g g g"]]:
+        """Gaussians (B, max_anchors · per anchor) of posed views (B, V), and the occupancy logits of the proposal."""
+        logits = self.proposal(views)
+        return self.reconstruction(select_anchors(logits, max_anchors, key), views), logits
 
-    def propose(self, views: Views, *, max_anchors: int, key: Key[Array, ""]) -> Anchors:
-        """Anchors at the predicted occupied voxels; no gradient flows back, statistics stay as they are."""
-        return jax.lax.stop_gradient(select_anchors(self.proposal(views), max_anchors, key))
+    def propose(self, views: Views, *, max_anchors: int, key: Key[Array, ""]) -> tuple[Anchors, Int[Array, "b"]]:
+        """Anchors at the predicted occupied voxels, and how many of those there were.
+
+        No gradient flows back, and the proposal's batch statistics stay as they are.
+        """
+        logits = jax.lax.stop_gradient(self.proposal(views))
+        return select_anchors(logits, max_anchors, key), jnp.sum(logits > 0, axis=(1, 2, 3))

@@ -94,7 +94,7 @@ class SwiGLU(nnx.Module):
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """`depth` modules of the same kind whose parameters carry a leading layer axis."""
-    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=depth))
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(depth))
 
 
 def scan_blocks(blocks: nnx.Module, x: Float[Array, "..."], *context: Any, remat: bool) -> Float[Array, "..."]:

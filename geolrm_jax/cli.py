@@ -1,0 +1,109 @@
+"""The `geolrm` console command; `train.py` and `eval.py` are its first two subcommands."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+Arguments = Sequence[str]
+
+
+def main(arguments: Arguments | None = None) -> int:
+    """Runs `geolrm COMMAND ...`; the exit code is 0, 1 for a run that failed, 2 for a wrong command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="geolrm", description="GeoLRM: posed images of an object in, 3D Gaussians out"
+    )
+    parser.add_argument("command", choices=COMMANDS, help="; ".join(f"{k}: {f.__doc__}" for k, f in COMMANDS.items()))
+    command = parser.parse_args(arguments[:1]).command
+    return COMMANDS[command](arguments[1:], program=f"geolrm {command}")
+
+
+def clear_errors(command: Callable[..., None]) -> Callable[..., int]:
+    """Turns what a user can mend into one line and exit code 1; anything else is a bug and keeps its traceback."""
+
+    def run(arguments: Arguments, program: str) -> int:
+        try:
+            command(arguments, program)
+        except (ValueError, FileNotFoundError, FloatingPointError) as error:
+            print(f"{program}: error: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    run.__doc__ = command.__doc__
+    return run
+
+
+@clear_errors
+def train(arguments: Arguments, program: str) -> None:
+    """train the stages of a config, evaluate, export"""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Trains the stages of a config one after the other, evaluates and exports. Goes on where an "
+        "interrupted run of the same work directory stopped.",
+        epilog="Every field of the config can be overridden: --reconstruction.optimizer.learning-rate 3e-4; "
+        f"`{program} --config NAME --help` lists them.",
+        add_help=False,
+    )
+    parser.add_argument("--config", required=True, metavar="NAME|FILE", help="a config of the project, or a file")
+    parser.add_argument("--workdir", type=Path, help="where everything is written (workdir/NAME)")
+    if not any(a.startswith("--config") for a in arguments) and {"-h", "--help"} & set(arguments):
+        parser.print_help()
+        return
+    known, overrides = parser.parse_known_args(arguments)
+
+    from geolrm_jax import config, recipe
+
+    experiment = config.apply_overrides(config.load_config(known.config), overrides, program=program)
+    recipe.run(experiment, known.workdir or Path("workdir") / experiment.name)
+
+
+@clear_errors
+def evaluate(arguments: Arguments, program: str) -> None:
+    """evaluate a work directory's checkpoint on unseen objects"""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Rebuilds the model from a work directory alone, restores a checkpoint, evaluates, and writes "
+        "report.json and report.html. Works beside a training that still runs.",
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="what training has written")
+    parser.add_argument("--step", default="latest", metavar="N|latest|best", help="which checkpoint (latest)")
+    parser.add_argument(
+        "--data", type=Path, help="a built data set, or a folder in the GObjaverse layout, to use instead"
+    )
+    parser.add_argument("--objects", type=int, help="evaluate the first N objects only")
+    parser.add_argument("--out", type=Path, help="folder of the report (WORKDIR/eval/STEP)")
+    known = parser.parse_args(arguments)
+
+    from geolrm_jax import recipe
+
+    recipe.evaluate(known.workdir, step=known.step, data=known.data, objects=known.objects, out=known.out)
+
+
+@clear_errors
+def infer(arguments: Arguments, program: str) -> None:
+    """reconstruct one object from a folder of posed images"""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Reads a folder in the GObjaverse layout, or images with a transforms.json, and writes the object "
+        "as gaussians.ply and turntable.mp4.",
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="what training has written")
+    parser.add_argument("--views", type=Path, required=True, help="the folder")
+    parser.add_argument("--inputs", help="numbers of the views to use, as 0,6,12,18 (all)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--step", default="latest", metavar="N|latest|best", help="which checkpoint (latest)")
+    parser.add_argument("--size", type=int, default=256, help="side of the turntable in pixels (256)")
+    known = parser.parse_args(arguments)
+    try:
+        inputs = [int(view) for view in known.inputs.split(",")] if known.inputs else None
+    except ValueError:
+        parser.error(f"--inputs: expected numbers with commas between them, got {known.inputs!r}")
+
+    from geolrm_jax import recipe
+
+    recipe.infer(known.workdir, known.views, known.out, inputs=inputs, step=known.step, size=known.size)
+
+
+COMMANDS = {"train": train, "eval": evaluate, "infer": infer}

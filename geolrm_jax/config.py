@@ -1,0 +1,181 @@
+"""Experiments: one tree of frozen dataclasses, read from a config file, changed by overrides, stored as JSON."""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from geolrm_jax.data.pipeline import DataConfig
+from geolrm_jax.evaluation.protocol import Protocol
+from geolrm_jax.export.files import written_whole
+from geolrm_jax.models.geolrm import GeoLRMConfig
+from geolrm_jax.models.image_encoder import check_input_size
+from geolrm_jax.precision import Precision
+from geolrm_jax.runtime.sharding import MeshConfig
+from geolrm_jax.training.loop import StageConfig
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a run's numbers."""
+
+    name: str
+    data: DataConfig
+    model: GeoLRMConfig
+    proposal: StageConfig | None
+    """How the proposal network is trained; None skips the stage."""
+    reconstruction: StageConfig | None
+    """How the reconstruction network is trained, on the frozen proposal's anchors; None skips the stage."""
+    evaluation: Protocol
+    input_size: int = 448
+    """Side of the images that the networks see, a multiple of 28."""
+    render_size: int = 448
+    """Side of the images that supervise."""
+    seed: int = 0
+    precision: Precision = Precision()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        check_input_size(self.input_size, self.input_size)
+        if self.model.proposal.fine_grid != self.data.occupancy_grid:
+            raise ValueError(
+                f"model.proposal.fine_grid {self.model.proposal.fine_grid} and data.occupancy_grid "
+                f"{self.data.occupancy_grid} must be equal"
+            )
+
+    @property
+    def stages(self) -> dict[str, StageConfig]:
+        """The stages to train, in order."""
+        stages = {"proposal": self.proposal, "reconstruction": self.reconstruction}
+        return {name: stage for name, stage in stages.items() if stage}
+
+
+def config_path(name: str) -> Path:
+    """The file that `--config` means: a path, or the bare name of one of the project's configs.
+
+    Raises:
+      FileNotFoundError: if there is none; the message lists the project's and names the closest.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    package = Path(__file__).parent
+    folders = [folder for folder in (package.parent / "configs", package / "configs") if folder.is_dir()]
+    found = {str(f.relative_to(d).with_suffix("")): f for d in folders for f in sorted(d.rglob("*.py"))}
+    found = {key: file for key, file in found.items() if not Path(key).name.startswith("_")}
+    if name in found:
+        return found[name]
+    close = difflib.get_close_matches(Path(name).stem, found, n=1)
+    hint = f", did you mean {close[0]!r}?" if close else ""
+    raise FileNotFoundError(f"no config {name!r}{hint} Expected a file or one of: {', '.join(sorted(found))}")
+
+
+def load_config(name: str) -> Experiment:
+    """Runs a config file's `get_config()`; a config builds on another by calling this.
+
+    Raises:
+      FileNotFoundError: if there is no such config.
+      ValueError: if the file has no `get_config()` that returns an Experiment.
+    """
+    path = config_path(name)
+    spec = importlib.util.spec_from_file_location(f"geolrm_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path}: expected a function get_config() that returns an Experiment")
+    experiment = module.get_config()
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"{path}: get_config() must return an Experiment, got {type(experiment).__name__}")
+    return experiment
+
+
+def apply_overrides(experiment: Experiment, arguments: Sequence[str], *, program: str) -> Experiment:
+    """Applies `--reconstruction.optimizer.learning-rate 3e-4` and the like; a bad one ends the program with a hint."""
+    return tyro.cli(
+        Experiment,
+        prog=program,
+        description=f"Fields of the config {experiment.name!r}, all of which can be overridden.",
+        default=experiment,
+        args=list(arguments),
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed),
+    )
+
+
+def to_tree(value: Any) -> Any:
+    """Plain JSON types; a dataclass becomes its fields and, under `type`, where its class is found."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: to_tree(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
+    if isinstance(value, tuple):
+        return [to_tree(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_tree(tree: Any) -> Any:
+    """The inverse of `to_tree`; lists come back as tuples.
+
+    Raises:
+      ValueError: if a class cannot be found or its fields are others.
+    """
+    if isinstance(tree, list):
+        return tuple(from_tree(item) for item in tree)
+    if not isinstance(tree, dict):
+        return tree
+    module, _, name = tree["type"].partition(":")
+    fields = {key: from_tree(value) for key, value in tree.items() if key != "type"}
+    try:
+        return getattr(importlib.import_module(module), name)(**fields)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"cannot rebuild {tree['type']} from a stored config: {error}") from error
+
+
+def write_config(experiment: Experiment, workdir: Path) -> None:
+    """Writes `workdir/config.json`.
+
+    Raises:
+      ValueError: if the folder belongs to another config; the message names what differs.
+    """
+    path = workdir / "config.json"
+    if path.is_file():
+        differences = _differences(to_tree(read_config(workdir)), to_tree(experiment))
+        if differences:
+            there, here = "; ".join(differences[:5]), f"{len(differences)} values"
+            raise ValueError(f"{workdir} belongs to another config, {here} differ ({there}): choose another --workdir")
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        tree = {"format_version": FORMAT_VERSION, "experiment": to_tree(experiment)}
+        temporary.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def read_config(workdir: Path) -> Experiment:
+    """The experiment that a work directory belongs to.
+
+    Raises:
+      FileNotFoundError: if it has no config.json.
+      ValueError: if that file is damaged or of an unknown version.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected a work directory that training has written")
+    try:
+        tree = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if tree.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {tree.get('format_version')}")
+    return from_tree(tree["experiment"])
+
+
+def _differences(there: Any, here: Any, path: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = dict.fromkeys([*there, *here])
+        return [d for k in keys for d in _differences(there.get(k), here.get(k), f"{path}.{k}" if path else k)]
+    return [] if there == here else [f"{path} is {there!r} there, {here!r} here"]

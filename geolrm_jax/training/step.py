@@ -1,0 +1,96 @@
+"""State and step: pure functions on nested dicts, compiled once per number of inputs."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Key
+
+from geolrm_jax.scene import Batch
+from geolrm_jax.training.objectives import Objective
+
+State = dict[str, Any]
+Metrics = dict[str, Array]
+
+
+def init_state(make: Callable[[nnx.Rngs], nnx.Module], objective: Objective, optimizer, key, *, ema: bool) -> State:
+    """Fresh state: `{params, batch_stats, opt_state, step}`, and `ema` of the trained parameters when asked for.
+
+    Pure, so that it can be compiled with sharded outputs or evaluated for shapes alone.
+    """
+    _, params, stats = nnx.split(make(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
+    params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+    trained = {name: params[name] for name in objective.trains}
+    state = {
+        "params": params,
+        "batch_stats": stats,
+        "opt_state": optimizer.init(trained),
+        "step": jnp.zeros((), jnp.int32),
+    }
+    return state | ({"ema": jax.tree.map(jnp.copy, trained)} if ema else {})
+
+
+def make_train_step(graphdef, objective: Objective, optimizer, schedule, *, seed, accumulation=1, ema_decay=0.0):
+    """Returns step(state, constants, batch, inputs) -> (state, metrics), compiled, with `state` donated.
+
+    `inputs`, static, is the number of input views that the networks get. The batch is worked through in `accumulation`
+    equal parts whose gradients are averaged. A step whose loss or gradient is not finite leaves everything but the
+    step count as it was and is counted in `skipped`.
+    """
+
+    def gradients(trained, frozen, stats, constants, batch: Batch, key: Key[Array, ""]):
+        def total(trained):
+            model = nnx.merge(graphdef, {**frozen, **trained}, stats)
+            losses, metrics = objective.losses(model, constants, batch, key)
+            new_stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            loss = sum(losses.values())
+            return loss, ({"loss": loss, **losses, **metrics}, new_stats)
+
+        return jax.grad(total, has_aux=True)(trained)
+
+    def step(state: State, constants, batch: Batch, inputs: int) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        batch = dataclasses.replace(batch, inputs=jax.tree.map(lambda x: x[:, :inputs], batch.inputs))
+        trained = {name: state["params"][name] for name in objective.trains}
+        frozen = {name: tree for name, tree in state["params"].items() if name not in trained}
+
+        def part(stats, part_batch_and_key):
+            grads, (metrics, stats) = gradients(trained, frozen, stats, constants, *part_batch_and_key)
+            return stats, (grads, metrics)
+
+        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        stats, summed = mean_of_scan(part, state["batch_stats"], (parts, jax.random.split(key, accumulation)))
+        grads, metrics = summed
+
+        norm = optax.global_norm(grads)
+        usable = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], trained)
+        params = optax.apply_updates(trained, updates)
+        new = {"params": {**frozen, **params}, "batch_stats": stats, "opt_state": opt_state}
+        if "ema" in state:
+            new["ema"] = optax.incremental_update(params, state["ema"], 1 - ema_decay)
+        kept = jax.tree.map(lambda n, o: jnp.where(usable, n, o), new, {name: state[name] for name in new})
+        metrics |= {"gradient_norm": norm, "learning_rate": schedule(state["step"]), "skipped": ~usable}
+        return {**state, **kept, "step": state["step"] + 1}, metrics
+
+    return jax.jit(step, static_argnames="inputs", donate_argnames="state")
+
+
+def mean_of_scan(body, carry, parts):
+    """Scans `body` over the leading axis of `parts` and averages its outputs without stacking them."""
+    first = jax.tree.map(lambda x: x[0], parts)
+    carry, total = body(carry, first)
+    count = len(jax.tree.leaves(parts)[0])
+    if count > 1:
+
+        def add(carry_and_total, part):
+            carry, out = body(carry_and_total[0], part)
+            return (carry, jax.tree.map(jnp.add, carry_and_total[1], out)), None
+
+        rest = jax.tree.map(lambda x: x[1:], parts)
+        (carry, total), _ = jax.lax.scan(add, (carry, total), rest)
+    return carry, jax.tree.map(lambda x: x / count, total)
