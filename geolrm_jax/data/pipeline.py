@@ -111,7 +111,7 @@ def _resize_channels(image: Float32[np.ndarray, "h w c"], height: int, width: in
 
 
 def _resize_picture(rgba: UInt8[np.ndarray, "h w 4"], height: int, width: int) -> Float32[np.ndarray, "h2 w2 4"]:
-    """Premultiplied colour and alpha at another size: colour is weighted by coverage, background colour never bleeds."""
+    """Premultiplied colour and alpha at another size; what stands under zero alpha never bleeds in."""
     picture = rgba.astype(np.float32) / 255.0
     picture[..., :3] *= picture[..., 3:]
     return picture if picture.shape[:2] == (height, width) else _resize_channels(picture, height, width)

@@ -27,7 +27,7 @@ def _colors(key: Key[Array, ""]) -> Float[Array, "p 2 3"]:
         k2, (MAX_PRIMITIVES, 1), minval=0.15, maxval=0.85
     )
     saturation = jax.random.uniform(k3, (MAX_PRIMITIVES, 2), minval=0.55, maxval=1.0)
-    value = jax.random.uniform(k4, (MAX_PRIMITIVES, 2), minval=0.45, maxval=1.0)
+    value = jax.random.uniform(k4, (MAX_PRIMITIVES, 2), minval=0.6, maxval=1.0)
     ramp = jnp.abs((hue[..., None] + jnp.array([1.0, 2.0 / 3.0, 1.0 / 3.0])) % 1.0 * 6.0 - 3.0) - 1.0
     return value[..., None] * (1.0 + saturation[..., None] * (jnp.clip(ramp, 0.0, 1.0) - 1.0))
 

@@ -2,20 +2,20 @@
 
 Layout, version 1. V views, all H x W; G voxels a side.
 
-| field              | type, shape          | meaning                                                                     |
-|--------------------|----------------------|-----------------------------------------------------------------------------|
-| id                 | str                  | unique in its split: "dict/inst", a folder's name, "procedural/7"           |
-| view_ids           | int32 (V,)           | numbers of the views at the source, distinct                                |
-| images             | V x bytes            | uint8 (H, W, 4), sRGB-encoded colour with straight alpha: PNG or raw C order |
-| depths             | V x bytes            | uint16 (H, W): PNG or raw little-endian; 0 = missing, else see `depth_range` |
-| depth_range        | float32 (V, 2)       | (near, far) in cube sides: a value q > 0 is near + (q - 1)(far - near)/65534 |
-| world_from_camera  | float32 (V, 4, 4)    | rigid poses, OpenCV axes, cube sides, z up                                  |
-| intrinsics         | float32 (V, 3, 3)    | pixels of the H x W image, pixel centres at +0.5                            |
-| size               | int32 (2,)           | (H, W)                                                                      |
-| occupancy          | bytes, ceil(G^3 / 8) | bits of (G, G, G) over (x, y, z), C order, first voxel in the highest bit   |
-| grid               | int                  | G                                                                           |
-| occupancy_rounding | str                  | rule by which points became voxels: "voxel" or "released"                   |
-| encoding           | str                  | of images and depths: "raw" or "png"                                        |
+| field              | type, shape        | meaning                                                                    |
+|--------------------|--------------------|----------------------------------------------------------------------------|
+| id                 | str                | unique in its split: "dict/inst", a folder, "procedural/train/7"           |
+| view_ids           | int32 (V,)         | numbers of the views at the source, distinct                               |
+| images             | V x bytes          | uint8 (H, W, 4), sRGB-encoded colour, straight alpha: raw C order or PNG   |
+| depths             | V x bytes          | uint16 (H, W), raw little-endian or PNG; 0 = missing, else see depth_range |
+| depth_range        | float32 (V, 2)     | (near, far), cube sides; q > 0 means near + (q - 1)(far - near)/65534      |
+| world_from_camera  | float32 (V, 4, 4)  | rigid poses, OpenCV axes, cube sides, z up                                 |
+| intrinsics         | float32 (V, 3, 3)  | pixels of the H x W image, pixel centres at +0.5                           |
+| size               | int32 (2,)         | (H, W)                                                                     |
+| occupancy_bits     | bytes, ceil(G^3/8) | bits of (G, G, G) over x, y, z, C order, first voxel in the highest bit    |
+| grid               | int32              | G                                                                          |
+| occupancy_rounding | str                | rule by which points became voxels: "voxel" or "released"                  |
+| encoding           | str                | of images and depths: "raw" or "png"                                       |
 
 Views are encoded one by one, so that reading 8 of 40 decodes 8. Depth is camera z; its error is at most half a step,
 (far - near) / 131068: 1.4e-5 cube sides for an object that fills the cube.

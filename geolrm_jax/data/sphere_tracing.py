@@ -1,8 +1,8 @@
 """Pictures of signed-distance objects: cone marching down from tiles to pixels to samples, in JAX on any device.
 
-Three levels, each starting where the one above stopped: one cone for a tile of 8 x 8 pixels, one for a pixel, one ray
-for each of five samples in it. Tiles whose cone leaves the object's sphere are never worked on; the others are taken
-in chunks, so that memory is bounded and the arrays of a chunk stay in a CPU's cache.
+Three levels, each starting where the one above stopped: a cone for a tile of 8 x 8 pixels, a cone for a pixel, a ray
+for each of five samples in it. Tiles whose cone misses the object are never worked on; the others are taken in chunks,
+and within a chunk only rays that are still under way: shapes stay static, work follows the object.
 """
 
 import functools
@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from geolrm_jax.data import sdf
 from geolrm_jax.scene import Cameras
@@ -18,18 +18,37 @@ from geolrm_jax.scene import Cameras
 TILE = 8
 # Sample positions in a pixel: its centre, whose depth and normal are returned, and a rotated grid of four.
 SAMPLES = np.array([[0.5, 0.5], [0.375, 0.125], [0.875, 0.375], [0.125, 0.625], [0.625, 0.875]], np.float32)
-LIGHT = np.array([0.45, -0.35, 0.82], np.float32) / np.linalg.norm([0.45, -0.35, 0.82])
-AMBIENT = 0.45
-_ROUNDS, _ROUND = 12, 6
+LIGHT = tuple((np.array([0.45, -0.35, 0.82]) / np.linalg.norm([0.45, -0.35, 0.82])).tolist())
+AMBIENT = 0.5
+_HALF_DIAGONAL = 0.5 * 2.0**0.5
 _TOLERANCE = 2e-4
+_ROUNDS, _STEPS = 12, 6
+
+Rays = tuple[Float[Array, "3 n"], Float[Array, "3 n"]]
 
 
-def _at(origins: Float[Array, "3 *rays"], directions: Float[Array, "3 *rays"], z: Float[Array, "*rays"]) -> sdf.Points:
-    """Points at depth z along rays whose directions have camera z one."""
+def _rays(cameras: Cameras, views: Int[Array, "t"], pixels: Float[Array, "t p 2"]) -> Rays:
+    """Origins and directions (camera z one) through pixel positions of the given views, flat over (t, p)."""
+    poses, k = cameras.world_from_camera[views], cameras.intrinsics[views]
+    x = (pixels[..., 0] - k[:, 0, 2, None]) / k[:, 0, 0, None]
+    y = (pixels[..., 1] - k[:, 1, 2, None]) / k[:, 1, 1, None]
+    directions = [poses[:, a, 0, None] * x + poses[:, a, 1, None] * y + poses[:, a, 2, None] for a in range(3)]
+    origins = [jnp.broadcast_to(poses[:, a, 3, None], x.shape) for a in range(3)]
+    return jnp.stack(origins).reshape(3, -1), jnp.stack(directions).reshape(3, -1)
+
+
+def _at(rays: Rays, z: Float[Array, "n"]) -> sdf.Points:
+    """Points of depth z."""
+    origins, directions = rays
     return tuple(origins[a] + z * directions[a] for a in range(3))
 
 
-def _over(selected: Bool[Array, "n"], body, carry, block: int):
+def _pick(tree, indices: Int[Array, "m"]):
+    """The given entries of every array's last axis."""
+    return jax.tree.map(lambda x: x.at[..., indices].get(mode="clip"), tree)
+
+
+def _for_selected(selected: Bool[Array, "n"], body, carry, block: int):
     """Runs `body(indices, carry)` over the selected indices, `block` at a time; the last block is padded with n."""
     n = selected.shape[0]
     indices = jnp.nonzero(selected, size=n + block, fill_value=n)[0]
@@ -40,124 +59,110 @@ def _over(selected: Bool[Array, "n"], body, carry, block: int):
     return jax.lax.fori_loop(0, -(-selected.sum() // block), run, carry)
 
 
-def _march(shapes, origins, directions, z, far, spread, block):
+def _march(shapes: sdf.Shapes, rays: Rays, z, far, spread, block: int) -> Float[Array, "n"]:
     """Depth at which each cone, `spread` wide at depth one, first comes near the surface, or a depth beyond `far`.
 
     A ball of radius D around the axis point at z holds no surface. The cone's cross-sections up to z + s lie inside it
-    while |d| s + (z + s) spread <= D: that is the step. Rays that are still under way are gathered again every few
-    steps: a few that graze the surface need many steps, most need few.
+    while |d| s + (z + s) spread <= D: that is the step. Rays under way are gathered anew every few steps: most need
+    few, some that graze the surface need many.
     """
 
-    def steps(indices, carry):
-        z, going = carry
-        at = lambda x: x.at[..., indices].get(mode="clip")
-        o, d, end, wide = at(origins), at(directions), at(far), at(spread)
-        pace = 1.0 / (jnp.sqrt(sum(c * c for c in d)) + wide)
+    def advance(indices, carry):
+        z, under_way = carry
+        near, r, end, wide = _pick((z, rays, far, spread), indices)
+        pace = 1.0 / (jnp.sqrt(sum(d * d for d in r[1])) + wide)
 
         def step(_, state):
             depth, _ = state
-            room = sdf.distance(shapes, _at(o, d, depth)) - wide * depth
-            under_way = (room > 0.5 * wide * depth + _TOLERANCE) & (depth < end)
-            return jnp.where(under_way, depth + room * pace, depth), under_way
+            room = sdf.distance(shapes, _at(r, depth)) - wide * depth
+            going = (room > 0.5 * wide * depth + _TOLERANCE) & (depth < end)
+            return jnp.where(going, depth + room * pace, depth), going
 
-        depth, under_way = jax.lax.fori_loop(0, _ROUND, step, (at(z), jnp.ones(indices.shape, bool)))
-        return z.at[indices].set(depth), going.at[indices].set(under_way)
+        depth, going = jax.lax.fori_loop(0, _STEPS, step, (near, jnp.ones(indices.shape, bool)))
+        return z.at[indices].set(depth), under_way.at[indices].set(going)
 
-    def round_(state):
-        i, z, going = state
-        return i + 1, *_over(going, steps, (z, going), block)
+    def next_round(state):
+        i, z, under_way = state
+        return i + 1, *_for_selected(under_way, advance, (z, under_way), block)
 
     state = (0, z, z < far)
-    return jax.lax.while_loop(lambda s: (s[0] < _ROUNDS) & s[2].any(), round_, state)[1]
+    return jax.lax.while_loop(lambda s: (s[0] < _ROUNDS) & s[2].any(), next_round, state)[1]
 
 
-def _tile_rays(cameras: Cameras, pixels: Float[Array, "n 2"], views) -> tuple[Array, Array]:
-    """Origins and directions (camera z one), each (3, n), of pixel positions in the given views."""
-    poses, k = cameras.world_from_camera[views], cameras.intrinsics[views]
-    x = (pixels[:, 0] - k[:, 0, 2]) / k[:, 0, 0]
-    y = (pixels[:, 1] - k[:, 1, 2]) / k[:, 1, 1]
-    directions = poses[:, :3, 0] * x[:, None] + poses[:, :3, 1] * y[:, None] + poses[:, :3, 2]
-    return poses[:, :3, 3].T, directions.T
-
-
-def _shade(shapes: sdf.Shapes, origins, directions, z, far):
-    """Colour, hit mask, refined depth and world normal of samples whose march ended at z."""
-    value, gradient = sdf.distance_and_gradient(shapes, _at(origins, directions, z))
+def _shade(shapes: sdf.Shapes, rays: Rays, z: Float[Array, "n"]) -> Float[Array, "8 n"]:
+    """Red, green, blue, coverage, depth and world normal of samples whose march ended at z; zeros for a miss."""
+    value, gradient = sdf.distance_and_gradient(shapes, _at(rays, z))
     norm = jnp.sqrt(sum(g * g for g in gradient) + 1e-12)
     normal = [g / norm for g in gradient]
-    approach = -sum(g * d for g, d in zip(gradient, directions, strict=True))
-    # One Newton step on the distance along the ray: the marching tolerance leaves the depth.
-    z_surface = z + jnp.clip(value / jnp.maximum(approach, 0.1), -4.0 * _TOLERANCE, 4.0 * _TOLERANCE)
-    hit = (z < far) & (value < 4.0 * _TOLERANCE)
+    approach = -sum(g * d for g, d in zip(gradient, rays[1], strict=True))
+    # One Newton step along the ray takes away what the marching tolerance left.
+    z = z + jnp.clip(value / jnp.maximum(approach, 0.1), -4.0 * _TOLERANCE, 4.0 * _TOLERANCE)
     lambert = jnp.maximum(sum(n * light for n, light in zip(normal, LIGHT, strict=True)), 0.0)
-    rgb = sdf.color(shapes, _at(origins, directions, z)) * (AMBIENT + (1.0 - AMBIENT) * lambert)
-    return jnp.where(hit, jnp.stack([*rgb, jnp.ones_like(z), z_surface, *normal]), 0.0)
+    rgb = sdf.color(shapes, _at(rays, z)) * (AMBIENT + (1.0 - AMBIENT) * lambert)
+    return jnp.where(value < 4.0 * _TOLERANCE, jnp.stack([*rgb, jnp.ones_like(z), z, *normal]), 0.0)
+
+
+def _tile_limits(shapes: sdf.Shapes, rays: Rays, spread: Float[Array, "t"]) -> tuple[Array, Array]:
+    """Depths between which a tile's cone can meet the object's sphere; empty (far < near) where it passes it."""
+    origins, directions = rays
+    away, length = jnp.linalg.norm(origins, axis=0), jnp.linalg.norm(directions, axis=0)
+    near = jnp.maximum((away - shapes.radius) / (length + spread), 1e-3)
+    far = (away + shapes.radius) / jnp.maximum(length - spread, 0.5)
+    closest = -jnp.sum(origins * directions, axis=0) / length**2
+    clearance = jnp.sqrt(jnp.maximum(away**2 - (closest * length) ** 2, 0.0)) - spread * closest
+    return near, jnp.where(clearance > shapes.radius, 0.0, far)
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "block"))
-def render(shapes: sdf.Shapes, cameras: Cameras, chunk: int = 256, block: int = 8192):
+def render(
+    shapes: sdf.Shapes, cameras: Cameras, chunk: int = 256, block: int = 4096
+) -> tuple[Float[Array, "v h w 4"], Float[Array, "v h w"], Float[Array, "v h w 3"]]:
     """Colour, coverage, depth and normals of one object.
 
     Args:
-      shapes: an object inside its sphere of `shapes.radius`; cameras stand outside of it.
+      shapes: an object inside the sphere of `shapes.radius` around the origin; cameras stand outside of it.
       cameras: (V,).
-      chunk: tiles worked on at a time: 32 suits a CPU's cache, an accelerator wants thousands.
+      chunk: tiles worked on at a time, which bounds the memory.
+      block: rays worked on at a time: small for a CPU's cache, large for an accelerator.
 
     Returns:
-      rgba (V, H, W, 4) in [0, 1] with straight alpha, averaged over five samples; depth (V, H, W), the camera z at the
-      pixel's centre, 0 where that misses; normal (V, H, W, 3), world axes, zero where the centre misses.
+      rgba in [0, 1] with straight alpha, both averages over five samples; depth, the camera z at the pixel's centre, 0
+      where that misses; normals there, world axes, zero where it misses.
     """
     views, rows, columns = len(cameras.intrinsics), -(-cameras.height // TILE), -(-cameras.width // TILE)
     tiles = views * rows * columns
     view, row, column = jnp.unravel_index(jnp.arange(tiles), (views, rows, columns))
     corners = jnp.stack([column, row], axis=-1).astype(jnp.float32) * TILE
+    # Half a pixel's diagonal at depth one.
+    pixel = _HALF_DIAGONAL / jnp.minimum(cameras.intrinsics[:, 0, 0], cameras.intrinsics[:, 1, 1])[view]
 
-    pixel = 1.0 / jnp.minimum(cameras.intrinsics[:, 0, 0], cameras.intrinsics[:, 1, 1])[view]
-    origins, directions = _tile_rays(cameras, corners + TILE / 2, view)
-    distance_to_origin = jnp.linalg.norm(origins, axis=0)
-    length = jnp.linalg.norm(directions, axis=0)
-    spread = TILE * np.sqrt(0.5).astype(np.float32) * pixel
-    near = jnp.maximum((distance_to_origin - shapes.radius) / (length + spread), 1e-3)
-    far = (distance_to_origin + shapes.radius) / jnp.maximum(length - spread, 0.5)
-    # A tile is empty too where its cone passes the sphere at a distance.
-    along = -jnp.sum(origins * directions, axis=0) / length
-    passes = jnp.sqrt(jnp.maximum(distance_to_origin**2 - along**2, 0.0)) > shapes.radius + spread * (along / length)
-    start = _march(shapes, origins, directions, jnp.where(passes, far + 1.0, near), far, spread, block)
-    active = start < far
-    order = jnp.argsort(~active, stable=True)
+    axes = _rays(cameras, view, corners[:, None] + TILE / 2)
+    near, far = _tile_limits(shapes, axes, TILE * pixel)
+    start = _march(shapes, axes, near, far, TILE * pixel, block)
+    local = np.stack(np.meshgrid(np.arange(TILE), np.arange(TILE)), axis=-1).reshape(-1, 2).astype(np.float32)
 
-    local = jnp.stack(jnp.meshgrid(jnp.arange(TILE), jnp.arange(TILE)), axis=-1).reshape(-1, 2).astype(jnp.float32)
+    def render_tiles(chosen, pictures):
+        tile_views, z, end, spread, corner = _pick((view, start, far, pixel, corners.T), chosen)
+        pixels = corner.T[:, None] + local
+        z, end, spread = (jnp.repeat(x, TILE * TILE) for x in (z, end, spread))
+        z = _march(shapes, _rays(cameras, tile_views, pixels + 0.5), z, end, spread, block)
 
-    def render_chunk(i, pictures):
-        chosen = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
-        pixels = corners[chosen][:, None] + local
-        spread_out = lambda x: jnp.repeat(x[chosen], TILE * TILE)
-        pixel_views, z, end, size = (spread_out(x) for x in (view, start, far, pixel))
-        o, d = _tile_rays(cameras, (pixels + 0.5).reshape(-1, 2), pixel_views)
-        z = _march(shapes, o, d, z, end, np.sqrt(0.5).astype(np.float32) * size, block)
+        samples = (pixels[:, :, None] + SAMPLES).reshape(chunk, -1, 2)
+        rays = _rays(cameras, tile_views, samples)
+        z, end = (jnp.repeat(x, len(SAMPLES)) for x in (z, end))
+        z = _march(shapes, rays, z, end, jnp.zeros_like(z), block)
 
-        repeat = lambda x: jnp.repeat(x, len(SAMPLES))
-        o, d = _tile_rays(cameras, (pixels[:, :, None] + SAMPLES).reshape(-1, 2), repeat(pixel_views))
-        z, end = repeat(z), repeat(end)
-        z = _march(shapes, o, d, z, end, jnp.zeros_like(z), block)
+        def shade(indices, shaded):
+            return shaded.at[:, indices].set(_shade(shapes, *_pick((rays, z), indices)))
 
-        def shade(indices, samples):
-            at = lambda x: x.at[..., indices].get(mode="clip")
-            return samples.at[:, indices].set(_shade(shapes, at(o), at(d), at(z), at(end)))
-
-        samples = _over(z < end, shade, jnp.zeros((8, z.shape[0])), block)
-
-        samples = samples.reshape(8, chunk, TILE * TILE, len(SAMPLES))
-        hits = samples[3].sum(-1)
-        color = samples[:3].sum(-1) / jnp.maximum(hits, 1.0)
-        picture = jnp.concatenate([color, hits[None] / len(SAMPLES), samples[4:, ..., 0]])
+        shaded = _for_selected(z < end, shade, jnp.zeros((8, z.shape[0])), block)
+        shaded = shaded.reshape(8, chunk, TILE * TILE, len(SAMPLES))
+        hits = shaded[3].sum(-1)
+        color = shaded[:3].sum(-1) / jnp.maximum(hits, 1.0)
+        picture = jnp.concatenate([color, hits[None] / len(SAMPLES), shaded[4:, ..., 0]])
         return pictures.at[chosen].set(jnp.moveaxis(picture, 0, -1))
 
-    pad = -tiles % chunk
-    order = jnp.concatenate([order, jnp.full((pad,), tiles, order.dtype)])
-    pictures = jnp.zeros((tiles, TILE * TILE, 8))
-    chunks = -(-active.sum() // chunk)
-    pictures = jax.lax.fori_loop(0, chunks, render_chunk, pictures)
+    pictures = _for_selected(start < far, render_tiles, jnp.zeros((tiles, TILE * TILE, 8)), chunk)
     pictures = pictures.reshape(views, rows, columns, TILE, TILE, 8).transpose(0, 1, 3, 2, 4, 5)
     pictures = pictures.reshape(views, rows * TILE, columns * TILE, 8)[:, : cameras.height, : cameras.width]
     return jnp.clip(pictures[..., :4], 0.0, 1.0), pictures[..., 4], pictures[..., 5:]

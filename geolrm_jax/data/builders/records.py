@@ -21,7 +21,7 @@ from absl import logging
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from geolrm_jax.data.folder import FolderSource
-from geolrm_jax.data.occupancy import occupancy_from_depth
+from geolrm_jax.data.occupancy import drop_edges, occupancy_from_depth
 from geolrm_jax.data.procedural import ProceduralSource
 from geolrm_jax.data.record import FORMAT_VERSION, Encoding, Record, check_views
 from geolrm_jax.geometry.voxels import Rounding
@@ -158,7 +158,8 @@ def from_features(values: dict[str, Any]) -> Record:
 def make_record(config: DataConfig, split: str, id: str) -> Record:
     """One object of the config's source as a record, its occupancy made from the depth of its views."""
     views = check_views(config.source.read(split, id), id)
-    occupancy = occupancy_from_depth(views.depth, views.cameras, config.occupancy_grid, config.occupancy_rounding)
+    depth = drop_edges(views.depth, views.cameras)
+    occupancy = occupancy_from_depth(depth, views.cameras, config.occupancy_grid, config.occupancy_rounding)
     if not occupancy.any():
         raise ValueError(f"{id}: no usable depth in any of its views; occupancy cannot be made")
     return Record.encode(

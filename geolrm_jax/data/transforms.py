@@ -1,0 +1,95 @@
+"""A folder of images with a NeRF-style `transforms.json`: the second kind of folder that inference takes.
+
+`frames`: a list of {"file_path", "transform_matrix"}, the matrix camera-to-world with OpenGL axes, z up, lengths in
+cube sides. Focal lengths: `fl_x` (and `fl_y`, `cx`, `cy`, with `w` and `h`, the size they refer to) in pixels, or
+`camera_angle_x` in radians; at the top, or in a frame for that frame alone.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from geolrm_jax.data.folder import read_image
+from geolrm_jax.data.record import PosedImages, check_camera, check_views
+from geolrm_jax.geometry.cameras import from_opengl
+from geolrm_jax.scene import Cameras
+
+TRANSFORMS_FILE = "transforms.json"
+
+
+def read_views(folder: str | Path, ids: Sequence[int] | None = None) -> PosedImages:
+    """The images of a folder with a `transforms.json`; a view's number is its place among the frames.
+
+    Args:
+      folder: holds `transforms.json`; images are named relative to it, with or without ".png".
+      ids: view numbers, in the order wanted; None for all.
+
+    Returns:
+      Views with zero depth, and alpha 255 where an image has none.
+
+    Raises:
+      FileNotFoundError, ValueError: a missing or unreadable file, a missing key, a matrix that is no rotation, sizes
+        that disagree; the message names the file.
+    """
+    path = Path(folder) / TRANSFORMS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: expected cameras and names of images")
+    try:
+        transforms = json.loads(path.read_text())
+        frames = list(transforms["frames"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no list of cameras: JSON with `frames` expected ({error!r})") from error
+    ids = range(len(frames)) if ids is None else [int(view) for view in ids]
+    missing = [view for view in ids if not 0 <= view < len(frames)]
+    if missing or not frames:
+        raise ValueError(f"{path} has {len(frames)} frames: no views {missing}")
+    images, poses, intrinsics = [], [], []
+    for view in ids:
+        origin = f"{path}, frame {view}"
+        image = read_image(_image_path(Path(folder), frames[view], origin))
+        if images and image.shape != images[0].shape:
+            raise ValueError(f"{origin}: its image is {image.shape[:2]}, the others are {images[0].shape[:2]}")
+        images.append(image)
+        poses.append(_pose(frames[view], origin))
+        intrinsics.append(_intrinsics({**transforms, **frames[view]}, *image.shape[:2], origin))
+        check_camera(poses[-1], intrinsics[-1], origin)
+    cameras = Cameras(np.stack(poses), np.stack(intrinsics), *images[0].shape[:2])
+    depth = np.zeros((len(images), *images[0].shape[:2]), np.float32)
+    return check_views(PosedImages(np.array(ids, np.int32), np.stack(images), depth, cameras), str(folder))
+
+
+def _image_path(folder: Path, frame: dict[str, Any], origin: str) -> Path:
+    """The image of a frame; NeRF-synthetic leaves ".png" out."""
+    if not isinstance(frame.get("file_path"), str):
+        raise ValueError(f"{origin}: `file_path` expected")
+    path = folder / frame["file_path"]
+    return path if path.suffix else path.with_suffix(".png")
+
+
+def _pose(frame: dict[str, Any], origin: str) -> Float32[np.ndarray, "4 4"]:
+    """OpenCV pose of a frame."""
+    try:
+        return from_opengl(np.array(frame["transform_matrix"], np.float64).reshape(4, 4)).astype(np.float32)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{origin}: `transform_matrix` of 4 x 4 numbers expected ({error!r})") from error
+
+
+def _intrinsics(values: dict[str, Any], height: int, width: int, origin: str) -> Float32[np.ndarray, "3 3"]:
+    """Intrinsics in pixels of a `height` x `width` image, from pixels of the size that the file states or an angle."""
+    try:
+        stated_width, stated_height = float(values.get("w", width)), float(values.get("h", height))
+        if "fl_x" in values:
+            focal_x = float(values["fl_x"])
+        else:
+            focal_x = 0.5 * stated_width / np.tan(0.5 * float(values["camera_angle_x"]))
+        focal_y = float(values.get("fl_y", focal_x))
+        center = float(values.get("cx", 0.5 * stated_width)), float(values.get("cy", 0.5 * stated_height))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{origin}: `camera_angle_x` or `fl_x`, in numbers, expected ({error!r})") from error
+    scale_x, scale_y = width / stated_width, height / stated_height
+    matrix = [[focal_x * scale_x, 0.0, center[0] * scale_x], [0.0, focal_y * scale_y, center[1] * scale_y], [0, 0, 1.0]]
+    return np.array(matrix, np.float32)
