@@ -49,27 +49,29 @@ class Protocol:
             raise ValueError(f"inputs: expected at least 1, got {self.inputs}")
 
 
-def choose_inputs(protocol: Protocol, cameras: Cameras) -> tuple[int, ...]:
+def choose_inputs(protocol: Protocol, view_ids: Int[np.ndarray, "v"], cameras: Cameras) -> tuple[int, ...]:
     """Numbers of the input views, in farthest-point order on azimuth.
 
     The first is the lowest candidate; each next one is farthest, around the z axis, from its nearest predecessor, ties
     to the lowest number. The order does not depend on how many are asked for: fewer inputs are a prefix of more.
 
     Args:
-      cameras: all views (V,) of one object.
+      view_ids: numbers of the object's views.
+      cameras: those views (V,).
 
     Raises:
       ValueError: if a target does not exist or too few other views are left.
     """
-    views = cameras.world_from_camera.shape[0]
-    absent = [view for view in protocol.targets if not 0 <= view < views]
+    row_of = {int(view): row for row, view in enumerate(view_ids)}
+    absent = [view for view in protocol.targets if view not in row_of]
     if absent:
-        raise ValueError(f"targets: views {absent} do not exist, the object has views 0 to {views - 1}")
-    candidates = sorted(set(protocol.candidates or range(views)) & set(range(views)))
-    candidates = [view for view in candidates if view not in protocol.targets and view not in protocol.duplicates]
+        raise ValueError(f"targets: views {absent} do not exist, the object has {sorted(row_of)}")
+    excluded = {*protocol.targets, *protocol.duplicates}
+    candidates = sorted((set(protocol.candidates) or set(row_of)) & set(row_of) - excluded)
     if len(candidates) < protocol.inputs:
         raise ValueError(f"inputs: {protocol.inputs} views asked for, {len(candidates)} are left beside the targets")
-    x, y, _ = np.moveaxis(np.asarray(cameras.world_from_camera, np.float64)[candidates, :3, 3], -1, 0)
+    rows = [row_of[view] for view in candidates]
+    x, y, _ = np.moveaxis(np.asarray(cameras.world_from_camera, np.float64)[rows, :3, 3], -1, 0)
     azimuths = np.degrees(np.arctan2(y, x))
     apart = np.abs((azimuths[:, None] - azimuths + 180) % 360 - 180)
     apart = apart.round(3)  # float32 poses: what differs by rounding is a tie

@@ -18,6 +18,7 @@ from geolrm_jax.evaluation.results import (
     geometry_means,
     image_means,
     median_seconds,
+    occupancy_rates,
     threshold_names,
 )
 from geolrm_jax.export.files import written_whole
@@ -46,12 +47,15 @@ def write_report(directory: Path | str, results: EvaluationResults) -> tuple[Pat
 
 def report_tree(results: EvaluationResults) -> dict[str, Any]:
     """The content of `report.json`: numbers, texts and None, in nested dicts and lists."""
-    geometry, nothing = geometry_means(results), {"chamfer": None, "fscore": None, "proposal": None}
     cost = {"seconds": median_seconds(results), "peak_memory_bytes": results.peak_memory_bytes}
-    no_cost = dict.fromkeys(cost)
+    summary = {**image_means(results, "prediction"), **geometry_means(results), **cost}
+    nothing = dict.fromkeys(summary)
+    baselines = {name: {**nothing, **image_means(results, name)} for name in BASELINES}
+    if hull := occupancy_rates(results, "hull_voxels"):
+        baselines["visual_hull"] = {**nothing, "proposal": hull}
     return {
-        "summary": {**image_means(results, "prediction"), **geometry, **cost},
-        "baselines": {name: {**image_means(results, name), **nothing, **no_cost} for name in BASELINES},
+        "summary": summary,
+        "baselines": baselines,
         "objects": [_object_tree(result, results) for result in results.objects],
         "config": {
             "name": results.config_name,
@@ -165,10 +169,17 @@ def _details_table(results: EvaluationResults, report: Mapping[str, Any]) -> str
     ]
     scores = summary["fscore"] or dict.fromkeys(threshold_names(results.protocol))
     rows += [[f"F-score at {name}", _number(score, 3)] for name, score in scores.items()]
-    for name, rate in (summary["proposal"] or {}).items():
-        label = {"iou": "IoU"}.get(name, name)
-        rows.append([f"proposal {label}, exact / within one voxel", " / ".join(f"{v:.3f}" for v in rate.values())])
+    rows += _occupancy_rows("proposal", summary["proposal"])
+    rows += _occupancy_rows("visual hull of the inputs", report["baselines"].get("visual_hull", {}).get("proposal"))
     return f"<h3>Geometry and cost</h3>{table([], rows, kind='numbers')}"
+
+
+def _occupancy_rows(source: str, rates: Mapping[str, Mapping[str, float]] | None) -> list[list[str]]:
+    labels = {"precision": "precision", "recall": "recall", "iou": "IoU"}
+    return [
+        [f"{source}: {labels[name]} of voxels, exact / within one", " / ".join(f"{v:.3f}" for v in rate.values())]
+        for name, rate in (rates or {}).items()
+    ]
 
 
 def _facts(results: EvaluationResults, report: Mapping[str, Any]) -> str:

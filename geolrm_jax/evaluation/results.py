@@ -18,19 +18,22 @@ from jaxtyping import Float, UInt8
 import geolrm_jax
 from geolrm_jax.evaluation.protocol import Protocol
 from geolrm_jax.metrics.geometry import VoxelCounts, voxel_rates
-from geolrm_jax.scene import AnyArray
+from geolrm_jax.scene import AnyArray, pytree
 
 PACKAGES = ("geolrm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-@dataclasses.dataclass(frozen=True)
+@pytree
 class ImageScores:
-    """Image metrics of one object, one number per target view."""
+    """Image metrics of one object, one number per target view.
+
+    Attributes:
+      lpips: None where there are no LPIPS weights.
+    """
 
     psnr: Float[AnyArray, "t"]
     ssim: Float[AnyArray, "t"]
     lpips: Float[AnyArray, "t"] | None
-    """None where there are no LPIPS weights."""
 
     def means(self) -> dict[str, float | None]:
         """Averages over the views, under the report's keys."""
@@ -67,6 +70,8 @@ class ObjectResult:
     """One F-score per threshold of the protocol."""
     voxels: VoxelCounts | None
     """Proposal against ground-truth occupancy; None where no occupancy is known."""
+    hull_voxels: VoxelCounts | None
+    """The visual hull's surface against ground-truth occupancy: what needs no network."""
     anchors: int
     gaussians: int
     reconstruct_seconds: float
@@ -145,16 +150,20 @@ def image_means(results: EvaluationResults, source: str) -> dict[str, float | No
 def geometry_means(results: EvaluationResults) -> dict[str, Any]:
     """Chamfer distance, F-scores by threshold and proposal rates; None where nothing was measured."""
     scored = [result.fscores for result in results.objects if result.fscores is not None]
-    counts = [result.voxels for result in results.objects if result.voxels is not None]
     fscore = (
         dict(zip(threshold_names(results.protocol), np.mean(scored, axis=0).tolist(), strict=True)) if scored else None
     )
-    voxels = jax.tree.map(lambda *n: np.stack([np.asarray(x) for x in n]), *counts) if counts else None
     return {
         "chamfer": _mean([result.chamfer for result in results.objects if result.chamfer is not None]),
         "fscore": fscore,
-        "proposal": None if voxels is None else voxel_rates(voxels),
+        "proposal": occupancy_rates(results, "voxels"),
     }
+
+
+def occupancy_rates(results: EvaluationResults, source: str) -> dict[str, dict[str, float]] | None:
+    """Rates of `source` (voxels or hull_voxels) over the voxels of all objects; None where nothing was counted."""
+    counts = [getattr(result, source) for result in results.objects if getattr(result, source) is not None]
+    return voxel_rates(jax.tree.map(lambda *n: np.stack([np.asarray(x) for x in n]), *counts)) if counts else None
 
 
 def median_seconds(results: EvaluationResults) -> dict[str, float]:

@@ -9,8 +9,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from geolrm_jax.losses.photometric import mean_over_views
 from geolrm_jax.models.vgg import BLOCKS, VGG16, WIDTHS, Taps
 from geolrm_jax.precision import Precision, full
 from geolrm_jax.scene import AnyArray
@@ -44,6 +45,12 @@ class Lpips(nnx.Module):
         """LPIPS of every image: weighted squared differences (their Eq. 1), mean over pixels, sum over activations."""
         parts = zip(self.features(images), target_features, self.heads, strict=True)
         return sum(jnp.mean(jnp.sum(head[...] * (a - b) ** 2, axis=-1), axis=(-2, -1)) for a, b, head in parts)
+
+    def between(
+        self, images: Float[Array, "b v h w 3"], targets: Float[Array, "b v h w 3"], valid: Bool[Array, "b v"]
+    ) -> Float[Array, ""]:
+        """The loss term: mean LPIPS of valid views, for images in [0, 1]; no gradient to the targets."""
+        return mean_over_views(self.distance(2.0 * images - 1.0, self.target_features(2.0 * targets - 1.0)), valid)
 
 
 def _unit(x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch h w c"]:

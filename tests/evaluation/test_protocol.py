@@ -20,11 +20,11 @@ from geolrm_jax.scene import Cameras, Views
 
 def test_inputs_of_the_paper_protocol():
     """By hand: 0, then 12 (180 degrees away), 6 and 18 (90 away), then 45 degrees away: 4 and so on, lowest first."""
-    chosen = choose_inputs(Protocol(inputs=20), gobjaverse_rig(size=32))
+    chosen = choose_inputs(Protocol(inputs=20), np.arange(40), gobjaverse_rig(size=32))
     assert chosen[:4] == (0, 12, 6, 18)
     assert sorted(chosen) == sorted(set(range(24)) - {3, 9, 15, 21})
     for fewer in (1, 4, 6, 8, 12, 16):
-        assert choose_inputs(Protocol(inputs=fewer), gobjaverse_rig(size=32)) == chosen[:fewer]
+        assert choose_inputs(Protocol(inputs=fewer), np.arange(40), gobjaverse_rig(size=32)) == chosen[:fewer]
 
 
 def brute_force(views, count):
@@ -42,22 +42,33 @@ def brute_force(views, count):
 def test_order_is_farthest_point_whatever_the_rounding(targets, turn):
     rig = orbit(15.0 * np.arange(40) + turn, 20.0, 1.7, 39.6, 32)
     protocol = Protocol(targets=targets, inputs=12)
-    assert choose_inputs(protocol, rig) == brute_force([v for v in range(24) if v not in targets], 12)
+    assert choose_inputs(protocol, np.arange(len(rig.intrinsics)), rig) == brute_force(
+        [v for v in range(24) if v not in targets], 12
+    )
 
 
 def test_all_views_less_duplicates():
     rig = gobjaverse_rig(size=32)
     protocol = Protocol(candidates=(), inputs=34)
-    chosen = choose_inputs(protocol, rig)
+    chosen = choose_inputs(protocol, np.arange(len(rig.intrinsics)), rig)
     assert sorted(chosen) == sorted(set(range(40)) - {3, 9, 15, 21, 24, 39})
+
+
+def test_views_go_by_number_not_by_place(rng):
+    """An object of which some views are missing, stored in any order."""
+    ids = rng.permutation([v for v in range(40) if v not in (12, 25, 30)])
+    rig = gobjaverse_rig(size=32)
+    cameras = Cameras(rig.world_from_camera[ids], rig.intrinsics[ids], 32, 32)
+    expected = brute_force([v for v in range(24) if v not in (3, 9, 12, 15, 21)], 10)
+    assert choose_inputs(Protocol(inputs=10), ids, cameras) == expected
 
 
 def test_impossible_choices_are_named():
     rig = orbit(np.arange(8) * 45.0, 0.0, 1.5, 40.0, 32)
-    with pytest.raises(ValueError, match=r"views \[9, 15, 21\] do not exist.*0 to 7"):
-        choose_inputs(Protocol(), rig)
+    with pytest.raises(ValueError, match=r"views \[9, 15, 21\] do not exist.*0, 1, 2, 3, 4, 5, 6, 7"):
+        choose_inputs(Protocol(), np.arange(len(rig.intrinsics)), rig)
     with pytest.raises(ValueError, match="8 views asked for, 6 are left"):
-        choose_inputs(Protocol(targets=(1, 5), inputs=8), rig)
+        choose_inputs(Protocol(targets=(1, 5), inputs=8), np.arange(len(rig.intrinsics)), rig)
     with pytest.raises(ValueError, match="multiple of 28, got 512"):
         Protocol(input_size=512)
     with pytest.raises(ValueError, match="none twice"):

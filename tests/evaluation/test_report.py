@@ -44,6 +44,7 @@ def made_up(rng, lpips=False) -> EvaluationResults:
         chamfer=0.125,
         fscores=(1.0, 0.75, 0.5, 0.25),
         voxels=VoxelCounts(*(np.array(n) for n in (10, 20, 5, 10, 15))),
+        hull_voxels=VoxelCounts(*(np.array(n) for n in (40, 20, 10, 20, 10))),
         anchors=1432,
         gaussians=45824,
         reconstruct_seconds=0.5,
@@ -98,6 +99,9 @@ def test_json_has_the_keys_and_the_numbers(tmp_path, rng):
         baseline = report["baselines"][name]
         assert set(baseline) == SUMMARY and baseline["psnr"] == psnr and baseline["lpips"] == 0.5
         assert {baseline[key] for key in ("chamfer", "fscore", "proposal", "seconds", "peak_memory_bytes")} == {None}
+    hull = report["baselines"]["visual_hull"]
+    assert set(hull) == SUMMARY and hull["psnr"] is None
+    assert hull["proposal"]["precision"] == {"exact": 0.25, "within_one_voxel": 0.5}
     assert [entry["id"] for entry in report["objects"]] == ["basket <1>", "boat", "plant"]
     assert report["objects"][1]["proposal"]["precision"]["exact"] == 0.5
     assert report["config"]["experiment"] == {"steps": 900, "betas": [0.9, 0.95], "path": None}
@@ -108,9 +112,13 @@ def test_json_has_the_keys_and_the_numbers(tmp_path, rng):
 
 def test_what_was_not_measured_is_null(tmp_path, rng):
     results = made_up(rng)
-    objects = [dataclasses.replace(o, chamfer=None, fscores=None, voxels=None) for o in results.objects]
+    objects = [
+        dataclasses.replace(o, chamfer=None, fscores=None, voxels=None, hull_voxels=None) for o in results.objects
+    ]
     path, page = write_report(tmp_path, dataclasses.replace(results, objects=objects))
-    summary = json.loads(path.read_text())["summary"]
+    report = json.loads(path.read_text())
+    summary = report["summary"]
+    assert set(report["baselines"]) == {"white", "nearest_view"}
     assert {summary[key] for key in ("lpips", "chamfer", "fscore", "proposal", "peak_memory_bytes")} == {None}
     assert "LPIPS: off, no weights file" in page.read_text()
 

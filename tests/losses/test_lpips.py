@@ -96,6 +96,14 @@ def test_distance_of_equal_images_is_zero(lpips, rng):
     assert (distance(lpips, x, x) == 0).all() and (distance(lpips, x, y) > 0).all()
 
 
+def test_loss_is_the_mean_over_valid_views_of_images_from_0_to_1(lpips, rng):
+    x, y = images(rng, 4)
+    each = np.asarray(distance(lpips, x, y))
+    x, y = (jnp.asarray((image + 1) / 2).reshape(2, 2, 32, 32, 3) for image in (x, y))
+    valid = jnp.array([[True, False], [True, True]])
+    np.testing.assert_allclose(jax.jit(lpips.between)(x, y, valid), each[[0, 2, 3]].mean(), rtol=1e-4)
+
+
 def test_gradient_against_finite_differences(lpips, weights, rng):
     """Along a random direction, in float64 NumPy, where the step can be small."""
     x, y = (image[0] for image in images(rng, 1))
