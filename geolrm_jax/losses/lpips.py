@@ -19,6 +19,7 @@ from geolrm_jax.scene import AnyArray
 # ImageNet's mean and deviation, moved from [0, 1] to the range [-1, 1] and rounded as in the published metric.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
+FLOAT32 = Precision()
 
 
 class Lpips(nnx.Module):
@@ -58,7 +59,7 @@ def _unit(x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch h w c"]:
     return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-10)
 
 
-def load_lpips(path: Path | str, precision: Precision = Precision()) -> tuple[Lpips, str]:  # noqa: B008
+def load_lpips(path: Path | str, precision: Precision = FLOAT32) -> tuple[Lpips, str]:
     """The metric with the weights of one safetensors file, and the file's SHA-256.
 
     Args:
