@@ -1,4 +1,7 @@
+import warnings
+
 import imageio_ffmpeg
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,3 +47,17 @@ def test_bad_frames_leave_nothing(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         write_video(tmp_path / "a.mp4", [np.full((16, 16, 3), np.nan, np.float32)])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ffmpeg_is_quoted_when_it_fails(tmp_path):
+    with pytest.raises(RuntimeError, match=r"a\.unknown: ffmpeg failed: .*format"):
+        write_video(tmp_path / "a.unknown", np.zeros((200, 64, 64, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_plain_fork(tmp_path):
+    """JAX warns of a deadlock when a process with its threads forks."""
+    jnp.ones(3).block_until_ready()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_video(tmp_path / "a.mp4", np.zeros((2, 16, 16, 3), np.uint8))
