@@ -18,6 +18,7 @@ import jax
 import rich.progress
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 from tensorboardX import SummaryWriter
 
 from geolrm_jax.export.files import written_whole
@@ -151,13 +152,16 @@ class Progress:
         (start, before), (end, after) = self._times[0], self._times[-1]
         return (after - before) / (end - start) if end > start else 0.0
 
-    def status(self) -> str:
-        """Rate, time left and scalars as one line."""
+    def pace(self) -> str:
+        """Rate and time left."""
         rate = self.rate
         left = duration((self.total - self.completed) / rate) if rate > 0 else "-:--"
         speed = f"{rate:.3g} {self.unit}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.3g} s/{self.unit}"
-        values = "  ".join(f"{name} {float(value):.4g}" for name, value in self.scalars.items())
-        return f"{speed}  ETA {left}  {values}".rstrip()
+        return f"{speed}  ETA {left}"
+
+    def values(self) -> str:
+        """The scalars as one line."""
+        return "  ".join(f"{name} {float(value):.4g}" for name, value in self.scalars.items())
 
 
 def duration(seconds: float) -> str:
@@ -181,7 +185,18 @@ class _Lines(Progress):
         if completed >= self.total or time.monotonic() - self._spoken >= self.interval:
             self._spoken = time.monotonic()
             share = f"{100 * completed // self.total}%" if self.total else "-"
-            _say(f"{self.description}  {completed}/{self.total}  {share}  {self.status()}")
+            _say(f"{self.description}  {completed}/{self.total}  {share}  {self.pace()}  {self.values()}".rstrip())
+
+
+class _Display(rich.progress.Progress):
+    """A bar with a second line, which is cut at the terminal's width so that the bar keeps its own."""
+
+    below = ""
+
+    def get_renderables(self):
+        yield from super().get_renderables()
+        if self.below:
+            yield Text("  " + self.below, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class _Bar(Progress):
@@ -189,22 +204,23 @@ class _Bar(Progress):
 
     def __post_init__(self):
         super().__post_init__()
-        self.display = rich.progress.Progress(
+        self.display = _Display(
             rich.progress.TextColumn("[bold]{task.description}"),
-            rich.progress.BarColumn(bar_width=24),
+            rich.progress.BarColumn(bar_width=20),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeElapsedColumn(),
-            rich.progress.TextColumn("{task.fields[status]}"),
+            rich.progress.TextColumn("{task.fields[pace]}"),
             console=console,
             refresh_per_second=4,  # each refresh takes the interpreter's lock from the training loop
         )
         self._task = self.display.add_task(
-            escape(self.description), total=self.total, completed=self.completed, status=""
+            escape(self.description), total=self.total, completed=self.completed, pace=""
         )
 
     def update(self, completed: int, scalars: Scalars | None = None) -> None:
         super().update(completed, scalars)
-        self.display.update(self._task, completed=completed, status=escape(self.status()))
+        self.display.below = self.values()
+        self.display.update(self._task, completed=completed, pace=escape(self.pace()))
 
 
 @contextlib.contextmanager

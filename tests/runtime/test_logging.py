@@ -89,7 +89,7 @@ def test_the_rate_forgets_the_compilation(monkeypatch):
         now[0] = 100.0 + step
         bar.update(step)
     assert bar.rate == pytest.approx(1.0)
-    assert bar.status() == "1 step/s  ETA 13:21"
+    assert bar.pace() == "1 step/s  ETA 13:21"
 
 
 def test_bar_on_a_terminal_keeps_notices_above_and_nests(monkeypatch, capsys):
@@ -103,6 +103,15 @@ def test_bar_on_a_terminal_keeps_notices_above_and_nests(monkeypatch, capsys):
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
     assert "4/10" in text and "loss 0.125" in text and "5/5" in text
     assert "LPIPS: off [no weights file]" in text and "warning: 2 records skipped" in text
+
+
+def test_many_losses_leave_the_bar_its_place(monkeypatch, capsys):
+    monkeypatch.setattr(logging, "console", Console(force_terminal=True, width=80, highlight=False))
+    with logging.progress("reconstruction", 9000) as bar:
+        bar.update(4000, {f"a_rather_long_loss_name_{k}": 0.125 for k in range(9)})
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert re.search(r"reconstruction ━+.*4000/9000 .* ETA \d+:\d\d", text)
+    assert "a_rather_long_loss_name_0 0.125" in text and max(map(len, re.split(r"[\r\n]", text))) <= 80
 
 
 def test_last_screen_never_wraps_a_command(capsys):
