@@ -1,21 +1,17 @@
 """Images and cameras in, Gaussians out."""
 
-import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from geolrm_jax.geometry import cameras as camera_geometry
 from geolrm_jax.models.geolrm import GeoLRMConfig
 from geolrm_jax.precision import Precision
-from geolrm_jax.rendering import rasterize
 from geolrm_jax.runtime.checkpoint import Checkpoints
-from geolrm_jax.scene import Cameras, Gaussians, Rendering, Views, pytree, static_field
+from geolrm_jax.scene import Gaussians, Views, pytree, static_field
 
 
 @pytree
@@ -62,17 +58,23 @@ def reconstruct(model: Model, views: Views) -> Gaussians:
     """Gaussians of one object.
 
     Args:
-      model: from `load_model`.
+      model: from `geolrm_jax.load_model`.
       views: (V,) posed images of any size; they are resized to the model's input size, their cameras with them.
 
     Returns:
       Gaussians (G, ...) with a mask: those of anchors that were not needed are padding.
     """
-    views = resize_views(views, model.input_size, model.input_size)
-    gaussians, _ = reconstruct_batch(model, jax.tree.map(lambda x: jnp.asarray(x)[None], views))
+    gaussians, _ = reconstruct_batch(model, jax.tree.map(lambda x: x[None], resized(views, model.input_size)))
     return jax.tree.map(lambda x: x[0], gaussians)
 
 
-def anchors_used(gaussians: Gaussians, per_anchor: int) -> Int[Array, "*batch"]:
-    """Number of anchors that Gaussians (..., G) grew from."""
-    return gaussians.mask.sum(-1) // per_anchor
+def resized(views: Views, size: int) -> Views:
+    """Square views of any leading axes: colours and coverage by antialiased bilinear resizing, depth by the nearest."""
+    lead = views.alpha.shape[:-2]
+
+    def scale(x, method):
+        return jax.image.resize(x, (*lead, size, size, *x.shape[len(lead) + 2 :]), method)
+
+    rgb, alpha = scale(views.rgb, "linear"), scale(views.alpha, "linear")
+    cameras = camera_geometry.resize(views.cameras, size, size)
+    return jax.tree.map(jnp.asarray, Views(cameras, rgb, alpha, scale(views.depth, "nearest"), views.valid))

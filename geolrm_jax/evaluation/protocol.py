@@ -31,6 +31,8 @@ class Protocol:
     """Side of the input images in pixels, a multiple of 28."""
     render_size: int = 512
     """Side of the compared images in pixels."""
+    max_anchors: int = 16_384
+    """Anchors per object; of more occupied voxels a random subset is used."""
     surface_points: int = 16_000
     """Points sampled from each surface for Chamfer distance and F-score."""
     surface_scale: float = 2.0

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from geolrm_jax.data.pipeline import ViewRule
 from geolrm_jax.models.geolrm import GeoLRMConfig
 from geolrm_jax.precision import Precision
 from geolrm_jax.runtime import logging
@@ -35,6 +36,8 @@ class StageConfig:
     """Views drawn of each object; all of them supervise."""
     inputs: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7)
     """Numbers of input views; each step draws one, and each is a compiled program of its own."""
+    view_rule: ViewRule = "paper"
+    """How views are drawn: at random, or four of them 90 degrees apart (released)."""
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ema_decay: float = 0.0

@@ -1,0 +1,63 @@
+"""The whole road on a small machine: procedural objects, both stages, evaluation, export.
+
+  python train.py --config configs/quickstart.py
+
+Hardware: 2 CPU cores.
+"""
+
+from geolrm_jax.config import Experiment
+from geolrm_jax.data.pipeline import DataConfig, ProceduralSource
+from geolrm_jax.evaluation.protocol import Protocol
+from geolrm_jax.models.dinov2 import ViTConfig
+from geolrm_jax.models.gaussian_decoder import GaussianDecoderConfig
+from geolrm_jax.models.geo_transformer import TransformerConfig
+from geolrm_jax.models.geolrm import GeoLRMConfig, ReconstructionConfig
+from geolrm_jax.models.image_encoder import ImageEncoderConfig
+from geolrm_jax.models.proposal import ProposalConfig
+from geolrm_jax.runtime.checkpoint import CheckpointConfig
+from geolrm_jax.training.loop import StageConfig
+from geolrm_jax.training.objectives import ProposalObjective, ReconstructionObjective
+from geolrm_jax.training.optimizer import OptimizerConfig
+
+SIZE, GRID, ANCHORS = 112, 32, 1024
+
+
+def get_config() -> Experiment:
+    """Small networks on 32^3 voxels."""
+    encoder = ImageEncoderConfig(ViTConfig(width=96, depth=2, heads=4, pretrained_grid=8, remat=False), channels=64)
+    transformer = TransformerConfig(width=96, depth=3, heads=4, points=4, remat=False)
+    checkpoint = CheckpointConfig(every=200, keep=2)
+    return Experiment(
+        name="quickstart",
+        data=DataConfig(
+            ProceduralSource(train_objects=200, test_objects=12, size=SIZE, view_ids=tuple(range(0, 24, 1))),
+            occupancy_grid=GRID,
+        ),
+        model=GeoLRMConfig(
+            ProposalConfig(encoder, transformer, coarse_grid=8, fine_grid=GRID),
+            ReconstructionConfig(encoder, transformer, GaussianDecoderConfig(8, offset_max=0.1, scale_max=0.03)),
+        ),
+        proposal=StageConfig(
+            ProposalObjective(),
+            steps=400,
+            batch=4,
+            views=4,
+            inputs=(4,),
+            optimizer=OptimizerConfig(1e-3, warmup=40, clip=4.0),
+            checkpoint=checkpoint,
+            log_every=10,
+        ),
+        reconstruction=StageConfig(
+            ReconstructionObjective(max_anchors=ANCHORS),
+            steps=400,
+            batch=2,
+            views=6,
+            inputs=(4,),
+            optimizer=OptimizerConfig(1e-3, warmup=40, clip=4.0),
+            checkpoint=checkpoint,
+            log_every=10,
+        ),
+        evaluation=Protocol(inputs=4, input_size=SIZE, render_size=SIZE, max_anchors=2 * ANCHORS),
+        input_size=SIZE,
+        render_size=SIZE,
+    )
