@@ -4,14 +4,14 @@ Points travel as three separate arrays x, y, z: every step is then one fused loo
 loops over its own number of primitives and branches on their kinds, so that a simple object costs what it holds.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from geolrm_jax.scene import pytree
 
-PRIMITIVES = ("ellipsoid", "box", "cylinder", "capsule", "cone", "torus")
-TEXTURES = ("gradient", "checks", "stripes", "noise", "spots", "marble")
 UNION, DIFFERENCE = 0, 1
 
 Points = tuple[Float[Array, "*rays"], Float[Array, "*rays"], Float[Array, "*rays"]]
@@ -58,30 +58,28 @@ def _length(*components: Array) -> Array:
     return jnp.sqrt(sum(c * c for c in components) + 1e-12)
 
 
-def _outside(*distances: Array) -> Array:
+def _intersection(*slabs: Array) -> Array:
     """Distance to an intersection of orthogonal slabs, given the signed distance to each."""
-    inside = jnp.minimum(jnp.stack(distances).max(0) if len(distances) > 2 else jnp.maximum(*distances), 0.0)
-    return inside + _length(*(jnp.maximum(d, 0.0) for d in distances))
+    inside = jnp.minimum(functools.reduce(jnp.maximum, slabs), 0.0)
+    return inside + _length(*(jnp.maximum(d, 0.0) for d in slabs))
 
 
 def ellipsoid(q: Points, size: Float[Array, "3"]) -> Float[Array, "*rays"]:
-    """Half axes `size`; exact to first order at the surface."""
+    """Half axes `size`; outside exact to first order at the surface, inside a plain bound."""
     scaled = [q[i] / size[i] for i in range(3)]
     k0, k1 = _length(*scaled), _length(*(scaled[i] / size[i] for i in range(3)))
-    return k0 * (k0 - 1.0) / k1
+    return (k0 - 1.0) * jnp.where(k0 > 1.0, k0 / k1, size.min())
 
 
 def box(q: Points, size: Float[Array, "3"]) -> Float[Array, "*rays"]:
     """Half extents `size`, edges rounded by a tenth of the smallest."""
     edge = 0.1 * size.min()
-    a, b, c = (jnp.abs(q[i]) - (size[i] - edge) for i in range(3))
-    inside = jnp.minimum(jnp.maximum(a, jnp.maximum(b, c)), 0.0)
-    return inside + _length(*(jnp.maximum(d, 0.0) for d in (a, b, c))) - edge
+    return _intersection(*(jnp.abs(q[i]) - (size[i] - edge) for i in range(3))) - edge
 
 
 def cylinder(q: Points, size: Float[Array, "3"]) -> Float[Array, "*rays"]:
     """Radius size[0], half height size[2] along z."""
-    return _outside(_length(q[0], q[1]) - size[0], jnp.abs(q[2]) - size[2])
+    return _intersection(_length(q[0], q[1]) - size[0], jnp.abs(q[2]) - size[2])
 
 
 def capsule(q: Points, size: Float[Array, "3"]) -> Float[Array, "*rays"]:
@@ -108,7 +106,7 @@ def torus(q: Points, size: Float[Array, "3"]) -> Float[Array, "*rays"]:
     return _length(_length(q[0], q[1]) - (size[0] - ring), q[2]) - ring
 
 
-_PRIMITIVE_FUNCTIONS = (ellipsoid, box, cylinder, capsule, cone, torus)
+PRIMITIVES = {f.__name__: f for f in (ellipsoid, box, cylinder, capsule, cone, torus)}
 
 
 def local_points(shapes: Shapes, i: Int[Array, ""], points: Points) -> Points:
@@ -120,8 +118,7 @@ def local_points(shapes: Shapes, i: Int[Array, ""], points: Points) -> Points:
 
 def _primitive_distance(shapes: Shapes, i: Int[Array, ""], q: Points) -> Float[Array, "*rays"]:
     """World-distance bound of primitive `i` alone, hollow if it is a shell, at points of its own frame."""
-    branches = [lambda q, size, f=f: f(q, size) for f in _PRIMITIVE_FUNCTIONS]
-    solid = shapes.scale[i] * jax.lax.switch(shapes.kind[i], branches, q, shapes.size[i])
+    solid = shapes.scale[i] * jax.lax.switch(shapes.kind[i], tuple(PRIMITIVES.values()), q, shapes.size[i])
     shell, opening = shapes.shell[i], shapes.opening[i]
     cut = shapes.scale[i] * (opening[0] * q[0] + opening[1] * q[1] + opening[2] * q[2] - opening[3])
     return jnp.where(shell > 0.0, jnp.maximum(jnp.abs(solid) - shell, cut), solid)
@@ -174,31 +171,20 @@ def _value_noise(q: Points) -> Array:
     return total
 
 
-def _texture_functions():
-    """One function (points in periods, position along the texture's direction) -> mixing weight for each texture."""
+def _soft(value: Array) -> Array:
+    """A step from 0 to 1 a quarter wide."""
+    return jnp.clip(4.0 * value + 0.5, 0.0, 1.0)
 
-    def soft(value):
-        return jnp.clip(4.0 * value + 0.5, 0.0, 1.0)
 
-    def gradient(p, along):
-        return 0.5 + 0.5 * jnp.sin(along)
-
-    def checks(p, along):
-        return (sum(jnp.floor(c) for c in p) % 2.0).astype(jnp.float32)
-
-    def stripes(p, along):
-        return soft(jnp.sin(2.0 * jnp.pi * along))
-
-    def noise(p, along):
-        return soft(_value_noise(tuple(2.0 * c for c in p)) - 0.5)
-
-    def spots(p, along):
-        return soft(0.36 - _length(*(c - jnp.floor(c) - 0.5 for c in p)))
-
-    def marble(p, along):
-        return 0.5 + 0.5 * jnp.sin(2.0 * jnp.pi * (along + 1.5 * _value_noise(p)))
-
-    return gradient, checks, stripes, noise, spots, marble
+# A texture mixes two colours by a weight in [0, 1], at a point in periods and its position along a direction.
+TEXTURES = {
+    "gradient": lambda p, along: 0.5 + 0.5 * jnp.sin(along),
+    "checks": lambda p, along: sum(jnp.floor(c) for c in p) % 2.0,
+    "stripes": lambda p, along: _soft(jnp.sin(2.0 * jnp.pi * along)),
+    "noise": lambda p, along: _soft(_value_noise(tuple(2.0 * c for c in p)) - 0.5),
+    "spots": lambda p, along: _soft(0.36 - _length(*(c - jnp.floor(c) - 0.5 for c in p))),
+    "marble": lambda p, along: 0.5 + 0.5 * jnp.sin(2.0 * jnp.pi * (along + 1.5 * _value_noise(p))),
+}
 
 
 def color(shapes: Shapes, points: Points) -> Float[Array, "3 *rays"]:
@@ -211,7 +197,7 @@ def color(shapes: Shapes, points: Points) -> Float[Array, "3 *rays"]:
         direction, frequency = shapes.pattern[i, :3], shapes.pattern[i, 3]
         p = tuple(c * frequency for c in q)
         along = direction[0] * p[0] + direction[1] * p[1] + direction[2] * p[2]
-        mix = jax.lax.switch(shapes.texture[i], _texture_functions(), p, along)
+        mix = jax.lax.switch(shapes.texture[i], tuple(TEXTURES.values()), p, along)
         first, second = shapes.colors[i]
         shade = [first[c] + mix * (second[c] - first[c]) for c in range(3)]
         return weights + weight, tuple(t + weight * s for t, s in zip(total, shade, strict=True))

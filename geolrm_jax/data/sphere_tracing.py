@@ -96,10 +96,10 @@ def _shade(shapes: sdf.Shapes, rays: Rays, z: Float[Array, "n"]) -> Float[Array,
     normal = [g / norm for g in gradient]
     approach = -sum(g * d for g, d in zip(gradient, rays[1], strict=True))
     # One Newton step along the ray takes away what the marching tolerance left.
-    z = z + jnp.clip(value / jnp.maximum(approach, 0.1), -4.0 * _TOLERANCE, 4.0 * _TOLERANCE)
+    z = z + jnp.clip(value / jnp.maximum(approach, 0.02), -20.0 * _TOLERANCE, 20.0 * _TOLERANCE)
     lambert = jnp.maximum(sum(n * light for n, light in zip(normal, LIGHT, strict=True)), 0.0)
     rgb = sdf.color(shapes, _at(rays, z)) * (AMBIENT + (1.0 - AMBIENT) * lambert)
-    return jnp.where(value < 4.0 * _TOLERANCE, jnp.stack([*rgb, jnp.ones_like(z), z, *normal]), 0.0)
+    return jnp.where(value < 1.5 * _TOLERANCE, jnp.stack([*rgb, jnp.ones_like(z), z, *normal]), 0.0)
 
 
 def _tile_limits(shapes: sdf.Shapes, rays: Rays, spread: Float[Array, "t"]) -> tuple[Array, Array]:

@@ -1,0 +1,64 @@
+"""Records: what goes in comes out, to the stated error; what is unsound is refused by name."""
+
+import numpy as np
+import pytest
+
+from geolrm_jax.data.record import PosedImages, Record, check_views
+from geolrm_jax.geometry.cameras import orbit
+from geolrm_jax.scene import Cameras
+
+
+@pytest.fixture
+def views(rng):
+    depth = rng.uniform(1.2, 2.4, (3, 10, 10)).astype(np.float32) * (rng.random((3, 10, 10)) < 0.7)
+    depth[2] = 0.0
+    rgba = rng.integers(0, 256, (3, 10, 10, 4), dtype=np.uint8)
+    return PosedImages(
+        np.array([4, 0, 9], np.int32), rgba, depth.astype(np.float32), orbit([0, 50, 90], 10, 1.9, 40.0, 10)
+    )
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+def test_encoded_views_come_back(views, encoding, rng):
+    occupancy = rng.random((9, 9, 9)) < 0.3
+    record = Record.encode("a/b", views, occupancy, occupancy_rounding="voxel", encoding=encoding)
+    back = record.views([9, 4])
+    np.testing.assert_array_equal(back.view_ids, [9, 4])
+    np.testing.assert_array_equal(back.rgba, views.rgba[[2, 0]])
+    np.testing.assert_array_equal(back.depth == 0, views.depth[[2, 0]] == 0)
+    span = views.depth[0].max() - views.depth[0][views.depth[0] > 0].min()
+    assert np.abs(back.depth - views.depth[[2, 0]]).max() <= span / 131068 + 3e-7
+    np.testing.assert_array_equal(back.cameras.world_from_camera, views.cameras.world_from_camera[[2, 0]])
+    np.testing.assert_array_equal(record.occupancy, occupancy)
+
+
+def test_reading_some_views_decodes_only_those(views):
+    record = Record.encode("a", views, np.ones((2, 2, 2), bool), occupancy_rounding="voxel", encoding="png")
+    broken = Record(**{**vars(record), "images": (record.images[0], b"no picture", b"no picture")})
+    assert broken.views([4]).rgba.shape == (1, 10, 10, 4)
+    with pytest.raises(ValueError, match=r"a: no views \[7\]"):
+        record.views([4, 7])
+
+
+def changed(views, **fields):
+    cameras = views.cameras
+    pose = fields.pop("world_from_camera", cameras.world_from_camera)
+    return views._replace(cameras=Cameras(pose, cameras.intrinsics, cameras.height, cameras.width), **fields)
+
+
+def test_unsound_views_are_refused(views):
+    sheared = views.cameras.world_from_camera.copy()
+    sheared[1, 0, 1] += 0.1
+    mirrored = views.cameras.world_from_camera * np.array([-1, 1, 1, 1], np.float32)
+    not_a_number = views.depth.copy()
+    not_a_number[2, 3, 3] = np.nan
+    for broken, message in (
+        (changed(views, world_from_camera=sheared), "it, view 0: the camera matrix is no rotation"),
+        (changed(views, world_from_camera=mirrored), "it, view 4: the camera matrix is no rotation"),
+        (changed(views, depth=not_a_number), "it, view 9: depth"),
+        (changed(views, depth=views.depth[:, :5]), r"it: depth has shape \(3, 5, 10\), expected \(3, 10, 10\)"),
+        (changed(views, view_ids=np.array([4, 4, 9], np.int32)), "distinct view numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_views(broken, "it")
+    assert check_views(views, "it") is views
