@@ -5,6 +5,7 @@ random number drawn for it. Both are fixed before the order is dealt out to proc
 together sees the same sequence, and a restored iterator goes on exactly where it was saved.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +62,8 @@ class RecordSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self!r} has {len(self)} records, no record {index}")
         return from_features(self._records[int(index)])
 
     def __repr__(self) -> str:
@@ -171,6 +174,32 @@ def _stack(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
+class _Draw(grain.transforms.RandomMap):
+    """A record's number becomes (number, random number for the choice of its views)."""
+
+    def random_map(self, element: int, rng: np.random.Generator) -> tuple[int, int]:
+        return element, int(rng.integers(2**63))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decode(grain.transforms.Map):
+    """Reads a record, chooses its views and decodes them."""
+
+    source: RecordSource
+    views: int
+    inputs: int
+    input_size: tuple[int, int]
+    render_size: tuple[int, int]
+    view_rule: ViewRule
+
+    def map(self, element: tuple[int, int]) -> Batch:
+        index, choice = element
+        record = self.source[index]
+        rng = np.random.default_rng(choice)
+        ids = choose_views(record.view_ids, self.views, self.view_rule, rng, record.id)
+        return make_example(record, ids[: self.inputs], ids, self.input_size, self.render_size, index)
+
+
 def training_dataset(
     source: RecordSource,
     *,
@@ -210,19 +239,10 @@ def training_dataset(
     if len(source) == 0:
         raise ValueError(f"{source!r} is empty")
     index, count = shard
-
-    def draw(record_index: int, rng: np.random.Generator) -> tuple[int, int]:
-        return record_index, int(rng.integers(2**63))
-
-    def decode(drawn: tuple[int, int]) -> Batch:
-        record_index, choice = drawn
-        record = source[record_index]
-        ids = choose_views(record.view_ids, views, view_rule, np.random.default_rng(choice), record.id)
-        return make_example(record, ids[:inputs], ids, input_size, render_size, record_index)
-
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     # The draw stands before the slice: after it, every process would draw the same numbers for different records.
-    examples = order.random_map(draw)[index::count].map(decode).batch(batch, batch_fn=_stack)
+    decode = _Decode(source, views, inputs, input_size, render_size, view_rule)
+    examples = order.random_map(_Draw())[index::count].map(decode).batch(batch, drop_remainder=True, batch_fn=_stack)
     dataset = examples.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     if processes:
         if not flags.FLAGS.is_parsed():

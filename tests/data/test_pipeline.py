@@ -1,0 +1,143 @@
+"""Examples and their order: sizes and colours, view choice, sharding and resuming."""
+
+import itertools
+import pickle
+
+import jax
+import numpy as np
+import pytest
+from scipy.ndimage import zoom
+
+from geolrm_jax.data.pipeline import choose_views, make_example, open_split, training_dataset
+from geolrm_jax.geometry.cameras import rays
+
+
+@pytest.fixture(scope="module")
+def train(tiny_set):
+    return open_split(tiny_set, "train")
+
+
+def test_example_has_premultiplied_colours_and_the_records_cameras(train):
+    record = train[2]
+    example = make_example(record, [8, 0], [25], (32, 32), (32, 32), index=2)
+    rgba = record.views([8, 0]).rgba / 255.0
+    np.testing.assert_allclose(example.inputs.rgb, rgba[..., :3] * rgba[..., 3:], atol=1e-6)
+    np.testing.assert_allclose(example.inputs.alpha, rgba[..., 3], atol=1e-6)
+    np.testing.assert_array_equal(example.targets.depth[0], record.depth(6))
+    np.testing.assert_array_equal(example.targets.cameras.world_from_camera[0], record.world_from_camera[6])
+    np.testing.assert_array_equal(example.occupancy, record.occupancy)
+    assert example.index == 2 and example.inputs.valid.all()
+
+
+def test_resizing_keeps_means_rays_and_depth_values(train):
+    record = train[0]
+    full = make_example(record, [0], [0], (32, 32), (32, 32)).inputs
+    small = make_example(record, [0], [0], (16, 8), (64, 64))
+    # Halving by a triangle filter, away from the border, is the weighting 1 3 3 1 of SciPy-free arithmetic.
+    weights = np.array([1, 3, 3, 1]) / 8
+    rows = np.stack([np.tensordot(weights, full.alpha[0, 2 * i - 1 : 2 * i + 3], 1) for i in range(1, 15)])
+    half = make_example(record, [0], [0], (16, 32), (32, 32)).inputs
+    np.testing.assert_allclose(half.alpha[0, 1:15], rows, atol=1e-5)
+    np.testing.assert_allclose(small.inputs.rgb.mean(), full.rgb.mean(), rtol=2e-2)
+    assert set(np.unique(small.inputs.depth)) <= set(np.unique(full.depth))
+    np.testing.assert_array_equal(
+        small.targets.depth[0], zoom(full.depth[0], 2, order=0, grid_mode=True, mode="nearest")
+    )
+    # Non-square: the field of view is kept on each axis, so the corners' rays are those of the original.
+    edges = [np.asarray(rays(views.cameras)[1])[0] for views in (small.inputs, full)]
+    centers = [directions.mean((0, 1)) for directions in edges]
+    np.testing.assert_allclose(*centers, atol=2e-3)
+    intrinsics = small.inputs.cameras.intrinsics[0]
+    np.testing.assert_allclose(intrinsics[:2, 2], [4, 8])
+
+
+def test_missing_views_are_named(train):
+    with pytest.raises(ValueError, match=r"procedural/train/0: no views \[1\]"):
+        make_example(train[0], [0], [1], (32, 32), (32, 32))
+
+
+def test_view_rules():
+    ids = np.array([v for v in range(40) if v not in (24, 39)], np.int32)
+    drawn = [choose_views(ids, 8, "paper", np.random.default_rng(i), "a") for i in range(400)]
+    assert all(len(set(d)) == 8 for d in drawn)
+    counts = np.bincount(np.ravel(drawn), minlength=40)[ids]
+    assert counts.min() > 0.6 * counts.mean()
+
+    for i in range(50):
+        released = choose_views(ids, 8, "released", np.random.default_rng(i), "a")
+        assert len(set(released)) == 8
+        start = released[0]
+        assert {(start + 6 * k) % 24 for k in range(4)} <= set(released) and start < 24
+    with pytest.raises(ValueError, match="a has 38 views, 39 are to be drawn"):
+        choose_views(ids, 39, "paper", np.random.default_rng(0), "a")
+
+
+def dataset(source, **changes):
+    arguments = dict(batch=2, views=4, inputs=2, input_size=(28, 28), render_size=(32, 32), seed=5)
+    return training_dataset(source, **{**arguments, **changes})
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def assert_same(first, second):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_batches(train):
+    batch = next(iter(dataset(train)))
+    assert batch.inputs.rgb.shape == (2, 2, 28, 28, 3) and batch.targets.depth.shape == (2, 4, 32, 32)
+    assert batch.occupancy.shape == (2, 16, 16, 16) and batch.inputs.cameras.height == 28
+    # The inputs are the first targets.
+    np.testing.assert_array_equal(
+        batch.inputs.cameras.world_from_camera, batch.targets.cameras.world_from_camera[:, :2]
+    )
+
+
+def test_every_epoch_holds_every_record_in_another_order(train):
+    seen = np.concatenate([b.index for b in take(iter(dataset(train, batch=1)), 21)]).reshape(3, 7)
+    assert all(sorted(epoch) == list(range(7)) for epoch in seen.tolist())
+    assert len({tuple(epoch) for epoch in seen.tolist()}) > 1
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_does_not(train):
+    first, again, other = (take(iter(dataset(train, seed=seed)), 3) for seed in (5, 5, 6))
+    assert_same(first, again)
+    poses = [b.targets.cameras.world_from_camera for b in (first[0], other[0])]
+    assert not np.array_equal(*poses)
+
+
+def test_restored_iterator_goes_on_exactly(train):
+    iterator = iter(dataset(train))
+    take(iterator, 4)
+    state = pickle.loads(pickle.dumps(iterator.get_state()))
+    expected = take(iterator, 4)
+    restored = iter(dataset(train))
+    restored.set_state(state)
+    assert_same(expected, take(restored, 4))
+
+
+def test_two_processes_see_the_sequence_of_one(train):
+    alone = take(iter(dataset(train, batch=2)), 8)
+    shards = [take(iter(dataset(train, batch=1, shard=(i, 2))), 8) for i in range(2)]
+    for step, batch in enumerate(alone):
+        together = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(shard[step] for shard in shards))
+        assert_same(batch, together)
+
+
+def test_records_can_be_sent_to_worker_processes(train):
+    assert pickle.loads(pickle.dumps(train))[3].id == train[3].id
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_batches(train):
+    assert_same(take(iter(dataset(train)), 5), take(iter(dataset(train, processes=2)), 5))
+
+
+def test_impossible_requests_are_refused(train):
+    with pytest.raises(ValueError, match="inputs=5, views=4"):
+        dataset(train, inputs=5)
+    with pytest.raises(Exception, match="has 7 views, 8 are to be drawn"):
+        next(iter(dataset(train, views=8)))

@@ -1,0 +1,84 @@
+"""Folders with a transforms.json: cameras turned once, at the door, and every broken file named."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from geolrm_jax.data.transforms import read_views
+from geolrm_jax.geometry.cameras import orbit
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three views of an orbit, written with OpenGL axes; the last image has no alpha."""
+    cameras = orbit(np.array([0.0, 90.0, 200.0]), 20.0, 1.9, 50.0, 24)
+    frames = []
+    for i, pose in enumerate(cameras.world_from_camera.astype(float)):
+        image = np.full((24, 24, 4), 40 * i, np.uint8)
+        Image.fromarray(image if i < 2 else image[..., :3]).save(tmp_path / f"r_{i}.png")
+        pose[:, 1:3] *= -1
+        frames.append({"file_path": f"./r_{i}" if i else "r_0.png", "transform_matrix": pose.tolist()})
+    write(tmp_path, {"camera_angle_x": np.radians(50.0), "frames": frames})
+    return tmp_path, cameras
+
+
+def write(path, content):
+    (path / "transforms.json").write_text(json.dumps(content))
+
+
+def content(path):
+    return json.loads((path / "transforms.json").read_text())
+
+
+def test_views_are_those_written(folder):
+    path, cameras = folder
+    views = read_views(path)
+    np.testing.assert_allclose(views.cameras.world_from_camera, cameras.world_from_camera, atol=1e-6)
+    np.testing.assert_allclose(views.cameras.intrinsics, cameras.intrinsics, rtol=1e-5)
+    assert views.rgba[1, 0, 0].tolist() == [40] * 4 and views.rgba[2, 0, 0].tolist() == [80, 80, 80, 255]
+    assert not views.depth.any()
+    assert read_views(path, [2, 0]).view_ids.tolist() == [2, 0]
+
+
+def test_intrinsics_in_pixels_of_another_size_are_scaled(folder):
+    path, _ = folder
+    values = {**content(path), "w": 48, "h": 96, "fl_x": 60.0, "fl_y": 70.0, "cx": 20.0, "cy": 50.0}
+    write(path, values)
+    k = read_views(path).cameras.intrinsics[0]
+    np.testing.assert_allclose(k, [[30.0, 0, 10.0], [0, 17.5, 12.5], [0, 0, 1]])
+
+
+def without(values, *keys):
+    return {k: v for k, v in values.items() if k not in keys}
+
+
+def with_frame(values, **changes):
+    return {**values, "frames": [values["frames"][0], {**values["frames"][1], **changes}]}
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda v: without(v, "frames"), "transforms.json is no list of cameras"),
+        (lambda v: {**v, "frames": []}, "has 0 frames"),
+        (lambda v: without(v, "camera_angle_x"), "frame 0: `camera_angle_x` or `fl_x`"),
+        (lambda v: with_frame(v, file_path="none"), "no file .*none.png: expected an image"),
+        (lambda v: with_frame(v, file_path=3), "frame 1: `file_path` expected"),
+        (lambda v: with_frame(v, transform_matrix=[[1.0, 2.0]]), "frame 1: `transform_matrix`"),
+        (lambda v: with_frame(v, transform_matrix=np.diag([2.0, 1, 1, 1]).tolist()), "frame 1: .* no rotation"),
+    ],
+)
+def test_what_is_wrong_is_named(folder, damage, message):
+    path, _ = folder
+    write(path, damage(content(path)))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_views(path)
+
+
+def test_missing_file_and_view_are_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere/transforms.json"):
+        read_views(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"has 3 frames: no views \[5\]"):
+        read_views(folder[0], [5])
