@@ -10,6 +10,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from geolrm_jax.models.attention import attention
 from geolrm_jax.models.layers import linear, scan_blocks, stack
 from geolrm_jax.precision import Precision, full
 
@@ -62,7 +63,7 @@ class ViTBlock(nnx.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         y = self.norm1(x)
         q, k, v = (rearrange(p(y), "b n (k c) -> b n k c", k=self.heads) for p in (self.query, self.key, self.value))
-        y = rearrange(jax.nn.dot_product_attention(q, k, v), "b n k c -> b n (k c)")
+        y = rearrange(attention(q, k, v, jnp.ones(x.shape[:2], bool)), "b n k c -> b n (k c)")
         x = x + self.scale1[...] * self.out(y)
         return x + self.scale2[...] * self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
 

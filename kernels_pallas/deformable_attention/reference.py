@@ -7,7 +7,7 @@ gather of 4 C contiguous numbers: on CPU this took 0.4 of the time of four gathe
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 def deformable_attention(
@@ -71,8 +71,42 @@ def _sample(
     rows, columns = quads.shape[2:4]
     index = ((scene * heads + head) * rows + row) * columns + column
     table = quads.reshape(batch * heads * rows * columns, 4, channels)
-    cells = table.at[index].get(mode="promise_in_bounds").astype(weights.dtype)
-    return jnp.einsum("bnkpqc,bnkpq->bnkc", cells, corners * weights[..., None])
+    return _weighted_rows(table, index, corners * weights[..., None])
+
+
+@jax.custom_vjp
+def _weighted_rows(
+    table: Float[Array, "r q c"], index: Int[Array, "*batch p"], weights: Float[Array, "*batch p q"]
+) -> Float[Array, "*batch c"]:
+    """Sum over p and q of weight times `table[index, q]`, in the weights' dtype.
+
+    The loop over p is unrolled, so that XLA fuses each gather with its sum: on CPU this took a quarter of the time of
+    gathering all points first.
+    """
+    out = jnp.zeros((*index.shape[:-1], table.shape[-1]), weights.dtype)
+    for point in range(index.shape[-1]):
+        rows = _rows(table, index[..., point]).astype(weights.dtype)
+        out += sum(rows[..., q, :] * weights[..., point, q, None] for q in range(table.shape[1]))
+    return out
+
+
+def _rows(table, index):
+    return table.at[index].get(mode="promise_in_bounds")
+
+
+def _weighted_rows_forward(table, index, weights):
+    return _weighted_rows(table, index, weights), (table, index, weights)
+
+
+def _weighted_rows_backward(residuals, cotangent):
+    table, index, weights = residuals
+    d_weights = jnp.sum(_rows(table, index).astype(weights.dtype) * cotangent[..., None, None, :], axis=-1)
+    d_rows = weights[..., None] * cotangent[..., None, None, :]
+    d_table = jnp.zeros(table.shape, weights.dtype).at[index].add(d_rows, mode="promise_in_bounds")
+    return d_table.astype(table.dtype), None, d_weights
+
+
+_weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)
 
 
 def _quads(maps: Float[Array, "b h w k c"]) -> Float[Array, "b k h3 w3 4 c"]:
