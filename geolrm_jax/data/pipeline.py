@@ -240,8 +240,8 @@ def training_dataset(
         raise ValueError(f"{source!r} is empty")
     index, count = shard
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    # The draw stands before the slice: after it, every process would draw the same numbers for different records.
     decode = _Decode(source, views, inputs, input_size, render_size, view_rule)
+    # The draw stands before the slice: after it, every process would draw the same numbers for different records.
     examples = order.random_map(_Draw())[index::count].map(decode).batch(batch, drop_remainder=True, batch_fn=_stack)
     dataset = examples.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     if processes:

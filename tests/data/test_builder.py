@@ -54,6 +54,7 @@ def test_interrupted_build_leaves_nothing_that_looks_complete(tiny_config, tmp_p
 
 def test_what_is_no_set_is_named(tmp_path, tiny_set):
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
     for call in (lambda: build(DataConfig(), tmp_path / "other"), lambda: open_split(tmp_path / "other", "train")):
         with pytest.raises(FileNotFoundError, match=r"other is no built data set: data_config.json expected"):
             call()

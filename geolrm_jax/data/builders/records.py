@@ -63,7 +63,7 @@ def build(config: DataConfig, directory: Path | str, *, quiet: bool = False) -> 
     """
     directory = Path(directory)
     content = stored_config(config)
-    if directory.exists():
+    if directory.exists() and any(directory.iterdir()):
         found = read_config(directory)
         if found != content:
             changed = sorted(key for key in {*found, *content} if found.get(key) != content.get(key))
