@@ -127,13 +127,14 @@ def environment() -> Environment:
 
 def _git() -> dict[str, Any] | None:
     root = Path(geolrm_jax.__file__).parents[1]
-    if shutil.which("git") is None:
+    git = shutil.which("git")
+    if git is None:
         return None
 
     def ask(*words):
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
-        ).stdout.strip()
+        # A full path and inherited descriptors let Python spawn instead of fork, which JAX's threads do not survive.
+        command = [git, "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, close_fds=False).stdout.strip()
 
     top = ask("rev-parse", "--show-toplevel")
     if not top or Path(top).resolve() != root.resolve():  # installed, perhaps inside somebody else's checkout

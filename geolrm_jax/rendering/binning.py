@@ -118,7 +118,7 @@ def _nth_tile(footprint: Footprint, n: Int[Array, "p"], grid: Grid) -> Int[Array
 
 def make_pairs(
     projected: Projected, opacities: Float[Array, "m g"], grid: Grid, capacity: int
-) -> tuple[Pairs, Int[Array, "m g"], Int[Array, ""]]:
+) -> tuple[Pairs, Int[Array, "n"], Int[Array, ""]]:
     """(splat, tile) pairs of all views.
 
     Args:
@@ -128,11 +128,11 @@ def make_pairs(
       capacity: pairs that are kept, over all views; the first in the order of views and depth.
 
     Returns:
-      The pairs, whose splats are numbered by view and depth; the order (M, G), for each view and place in depth the
-      Gaussian there; and the number of pairs that did not fit.
+      The pairs, whose splats are numbered by view and depth; for each splat its index in the flattened input (M G,);
+      and the number of pairs that did not fit.
     """
     footprint = footprints(*jax.tree.map(jnp.ravel, (projected, opacities)), grid)
-    counts, fits = _countable(tile_counts(footprint, grid))
+    counts, fits = countable(tile_counts(footprint, grid))
     order = depth_order(projected.depth, projected.visible)
     gaussian = (order + jnp.arange(order.shape[0], dtype=jnp.int32)[:, None] * order.shape[1]).ravel()
     counts = counts[gaussian]
@@ -146,10 +146,10 @@ def make_pairs(
     slot = stable_order(tile, grid.tiles.bit_length())
     start = jnp.searchsorted(tile[slot], jnp.arange(grid.tiles + 1, dtype=jnp.int32)).astype(jnp.int32)
     overflow = jnp.where(fits, jnp.maximum(ends[-1] - capacity, 0), jnp.iinfo(jnp.int32).max)
-    return Pairs(splat, slot, start), order, overflow
+    return Pairs(splat, slot, start), gaussian, overflow
 
 
-def _countable(counts: Int[Array, "n"]) -> tuple[Int[Array, "n"], Bool[Array, ""]]:
-    """Counts whose sum fits 32 bits, and whether they did: otherwise all zero, so that nothing wraps around."""
+def countable(counts: Int[Array, "n"]) -> tuple[Int[Array, "n"], Bool[Array, ""]]:
+    """The counts and whether their sum fits 32 bits; if not, zeros, so that nothing wraps around."""
     fits = jnp.sum(counts.astype(jnp.float32)) < 2.0**31 - 2.0**20
     return jnp.where(fits, counts, 0), fits

@@ -1,8 +1,11 @@
 """Perspective projection of 3D Gaussians to 2D Gaussians in the image plane (EWA splatting, Zwicker et al. 2001).
 
-The Gaussians' axis G stays last, so that everything here is elementwise over long contiguous rows.
+Vectors and matrices are tuples of their components here, each an array whose last axis is G: all of it, and of its
+derivative, is elementwise over long rows. Nothing is left to matrix products, which devices may round (a pixel position
+has no bits to spare) and libraries round according to a Gaussian's place in the array.
 """
 
+import itertools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from geolrm_jax.scene import Cameras
 # How far outside the image, as a share of its half width, the Jacobian still follows the point: a perspective
 # Jacobian far off-axis would smear Gaussians at the border over the whole picture.
 JACOBIAN_MARGIN = 0.3
+MAX_SIGMA = 1e8  # pixels; the determinant of a larger Gaussian overflows float32
 
 
 class Projected(NamedTuple):
@@ -25,8 +29,8 @@ class Projected(NamedTuple):
       xx, xy, yy: covariance in pixels squared, dilation included.
       determinant: of that covariance.
       depth: camera z.
-      visible: False for those behind the near or beyond the far plane and for a singular or infinite covariance; their
-        other values are finite or multiplied by nothing.
+      visible: False where the centre is not between the near and far planes, and for a covariance that is singular
+        or too large for float32; the other values are finite there too, and mean nothing.
     """
 
     x: Float[Array, "*batch g"]
@@ -59,13 +63,15 @@ def project(
       means: world positions (..., G, 3).
       scales: standard deviations (..., G, 3).
       quats: wxyz (..., G, 4).
-      cameras: poses may be any invertible matrices; the inverse is the general one.
+      cameras: poses may be any invertible matrices; the inverse is the general one. The centre is K (x, y, z) / z with
+        the whole matrix; the Jacobian knows the focal lengths and the principal point only.
       near, far: camera z of what is drawn lies strictly between them.
       eps2d: dilation in pixels squared.
     """
-    pose = camera_from_world(cameras)
-    linear, translation = pose[..., :3, :3], pose[..., :3, 3, None]
-    x, y, depth = jnp.moveaxis(_product("...vij,...jg->...vig", linear, means.swapaxes(-1, -2)) + translation, -2, 0)
+    pose = camera_from_world(cameras)[..., None]
+    rotation = matrix_from_quaternion(quats)
+    x, y, depth = _transform(pose, [means[..., i] for i in range(3)])
+    x, y, depth = x + pose[..., 0, 3, :], y + pose[..., 1, 3, :], depth + pose[..., 2, 3, :]
     drawn = (depth > near) & (depth < far)
     z = jnp.where(drawn, depth, 1.0)
     x, y = x / z, y / z
@@ -74,12 +80,13 @@ def project(
     fx, fy = k[..., 0, 0, :], k[..., 1, 1, :]
     slope_x = _clamp_slope(x, fx, k[..., 0, 2, :], cameras.width)
     slope_y = _clamp_slope(y, fy, k[..., 1, 2, :], cameras.height)
-
-    arrows = jnp.moveaxis(matrix_from_quaternion(quats) * scales[..., None, :], -3, -1)  # (..., component, axis, g)
-    arrows = _product("...vij,...jag->...viag", linear, arrows)
-    across = (fx / z)[..., None, :] * (arrows[..., 0, :, :] - slope_x[..., None, :] * arrows[..., 2, :, :])
-    down = (fy / z)[..., None, :] * (arrows[..., 1, :, :] - slope_y[..., None, :] * arrows[..., 2, :, :])
-    xx, xy, yy, determinant = _covariance(across, down, eps2d)
+    arrows = []
+    for axis in range(3):
+        u, v, w = _transform(pose, [rotation[..., i, axis] * scales[..., axis] for i in range(3)])
+        arrow = fx / z * (u - slope_x * w), fy / z * (v - slope_y * w)
+        drawn &= jnp.maximum(jnp.abs(arrow[0]), jnp.abs(arrow[1])) < MAX_SIGMA
+        arrows.append(arrow)
+    xx, xy, yy, determinant = _covariance([[jnp.where(drawn, p, 0) for p in arrow] for arrow in arrows], eps2d)
     return Projected(
         x=k[..., 0, 0, :] * x + k[..., 0, 1, :] * y + k[..., 0, 2, :],
         y=k[..., 1, 0, :] * x + k[..., 1, 1, :] * y + k[..., 1, 2, :],
@@ -88,13 +95,13 @@ def project(
         yy=yy,
         determinant=determinant,
         depth=depth,
-        visible=drawn & (determinant > 0) & jnp.isfinite(determinant),
+        visible=drawn & (determinant > 0),
     )
 
 
-def _product(equation: str, a: Array, b: Array) -> Array:
-    """einsum in full precision on every device: a pixel position has no bits to spare."""
-    return jnp.einsum(equation, a, b, precision="highest")
+def _transform(pose: Float[Array, "*views 4 4 1"], vector: list[Float[Array, "*scenes g"]]) -> list[Array]:
+    """The components (..., V, G) of every view's linear part times a vector of its scene."""
+    return [sum(pose[..., i, j, :] * vector[j][..., None, :] for j in range(3)) for i in range(3)]
 
 
 def _clamp_slope(slope: Array, focal: Array, centre: Array, size: int) -> Array:
@@ -103,12 +110,11 @@ def _clamp_slope(slope: Array, focal: Array, centre: Array, size: int) -> Array:
     return jnp.clip(slope, -(centre / focal + margin), (size - centre) / focal + margin)
 
 
-def _covariance(across: Array, down: Array, eps2d: float) -> tuple[Array, Array, Array, Array]:
-    """xx, xy, yy and determinant of sum_k p_k p_k^T + eps2d I, for arrows p_k = (across_k, down_k) (..., 3, G).
+def _covariance(arrows: list[list[Array]], eps2d: float) -> tuple[Array, Array, Array, Array]:
+    """xx, xy, yy and determinant of sum_k p_k p_k^T + eps2d I for three arrows p_k = (x_k, y_k).
 
     The determinant by Cauchy-Binet is a sum of squares: a needle's does not cancel, as xx yy - xy^2 would.
     """
-    xx, xy, yy = (across**2).sum(-2), (across * down).sum(-2), (down**2).sum(-2)
-    minors = across * jnp.roll(down, 1, axis=-2) - down * jnp.roll(across, 1, axis=-2)
-    determinant = (minors**2).sum(-2) + eps2d * (xx + yy) + eps2d**2
-    return xx + eps2d, xy, yy + eps2d, determinant
+    xx, xy, yy = (sum(p[i] * p[j] for p in arrows) for i, j in ((0, 0), (0, 1), (1, 1)))
+    minors = sum((p[0] * q[1] - q[0] * p[1]) ** 2 for p, q in itertools.combinations(arrows, 2))
+    return xx + eps2d, xy, yy + eps2d, minors + eps2d * (xx + yy) + eps2d**2

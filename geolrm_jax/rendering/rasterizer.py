@@ -7,10 +7,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from geolrm_jax.precision import full
-from geolrm_jax.rendering.binning import footprints, make_pairs, tile_counts
+from geolrm_jax.rendering.binning import countable, footprints, make_pairs, tile_counts
 from geolrm_jax.rendering.projection import Projected, project
 from geolrm_jax.scene import AnyArray, Cameras, Gaussians, Rendering
 from kernels_pallas.rasterization.api import Splats, blend
@@ -25,9 +25,9 @@ def rasterize(
     *,
     background: Float[AnyArray, "..."] | None = None,
     depth: Depth = "accumulated",
-    near: float = 0.01,
-    far: float = 1e10,
-    eps2d: float = 0.3,
+    near: float | int = 0.01,
+    far: float | int = 1e10,
+    eps2d: float | int = 0.3,
     max_alpha: float = 0.999,
     capacity: int | Literal["auto"] = "auto",
     implementation: str = "auto",
@@ -64,15 +64,17 @@ def rasterize(
       ValueError: if shapes disagree, for "auto" under a transformation, and for a capacity below one.
     """
     gaussians, cameras = jax.tree.map(jnp.asarray, (gaussians, cameras))
-    _check(gaussians, cameras, depth, near)
-    camera = dict(near=float(near), far=float(far), eps2d=float(eps2d))
+    background = None if background is None else jnp.asarray(background)
+    _check_shapes(gaussians, cameras, background)
+    _check_options(depth, near, max_alpha, capacity)
+    lens = {"near": float(near), "far": float(far), "eps2d": float(eps2d)}
     if capacity == "auto":
-        capacity = _roomy(count_pairs(gaussians, cameras, **camera))
+        capacity = _roomy(count_pairs(gaussians, cameras, **lens))
     return _rasterize(
         gaussians,
         cameras,
         background,
-        **camera,
+        **lens,
         depth=depth,
         max_alpha=float(max_alpha),
         capacity=capacity,
@@ -81,7 +83,12 @@ def rasterize(
 
 
 def count_pairs(
-    gaussians: Gaussians, cameras: Cameras, *, near: float = 0.01, far: float = 1e10, eps2d: float = 0.3
+    gaussians: Gaussians,
+    cameras: Cameras,
+    *,
+    near: float | int = 0.01,
+    far: float | int = 1e10,
+    eps2d: float | int = 0.3,
 ) -> int:
     """The capacity that holds all (Gaussian, tile) pairs of a call of `rasterize` with the same arguments.
 
@@ -94,16 +101,20 @@ def count_pairs(
             "`capacity`, for instance from `count_pairs` outside, and watch `Rendering.overflow`"
         )
     gaussians, cameras = jax.tree.map(jnp.asarray, (gaussians, cameras))
-    _check(gaussians, cameras, "accumulated", near)
-    return int(_count(gaussians, cameras, near=near, far=far, eps2d=eps2d))
+    _check_shapes(gaussians, cameras, None)
+    pairs, fits = _count(gaussians, cameras, near=float(near), far=float(far), eps2d=float(eps2d))
+    if not fits:
+        raise ValueError("these Gaussians touch more than 2^31 tiles: render fewer views, or smaller images, at a time")
+    return int(pairs)
 
 
 @functools.partial(jax.jit, static_argnames=("near", "far", "eps2d"))
-def _count(gaussians: Gaussians, cameras: Cameras, *, near, far, eps2d) -> Int[Array, ""]:
+def _count(gaussians: Gaussians, cameras: Cameras, *, near, far, eps2d) -> tuple[Int[Array, ""], Bool[Array, ""]]:
     gaussians, _ = _finite(gaussians)
     projected, grid = _project(gaussians, cameras, near, far, eps2d)
-    opacities = _opacities(gaussians, grid)
-    return jnp.sum(tile_counts(footprints(*jax.tree.map(jnp.ravel, (projected, opacities)), grid), grid))
+    footprint = footprints(*jax.tree.map(jnp.ravel, (projected, _opacities(gaussians, grid))), grid)
+    counts, fits = countable(tile_counts(footprint, grid))
+    return jnp.sum(counts), fits
 
 
 @functools.partial(
@@ -113,8 +124,8 @@ def _rasterize(gaussians, cameras, background, *, depth, near, far, eps2d, max_a
     gaussians, invalid = _finite(gaussians)
     projected, grid = _project(gaussians, cameras, near, far, eps2d)
     opacities = _opacities(gaussians, grid)
-    pairs, order, overflow = make_pairs(*lax.stop_gradient((projected, opacities)), grid, capacity)
-    splats = _splats(projected, opacities, _per_view(gaussians.colors, cameras, grid), order)
+    pairs, index, overflow = make_pairs(*lax.stop_gradient((projected, opacities)), grid, capacity)
+    splats = _splats(projected, opacities, _per_view(gaussians.colors, cameras, grid), index)
     sums, transmittance = blend(splats, pairs, grid, max_alpha=max_alpha, implementation=implementation)
 
     batch = cameras.intrinsics.shape[:-2]
@@ -130,7 +141,7 @@ def _rasterize(gaussians, cameras, background, *, depth, near, far, eps2d, max_a
 
 def _finite(gaussians: Gaussians) -> tuple[Gaussians, Int[Array, ""]]:
     """Gaussians with zeros for masked and non-finite ones, so that no NaN meets a gradient; how many are the latter."""
-    g = gaussians
+    g = gaussians if gaussians.means.shape[-2] else _one_masked(gaussians)
     finite = jnp.isfinite(g.opacities)
     for values in (g.means, g.scales, g.quats):
         finite &= jnp.all(jnp.isfinite(values), axis=-1)
@@ -147,6 +158,19 @@ def _finite(gaussians: Gaussians) -> tuple[Gaussians, Int[Array, ""]]:
     return Gaussians(means, scales, quats, opacities, colors, kept), jnp.sum(g.mask & ~finite, dtype=jnp.int32)
 
 
+def _one_masked(gaussians: Gaussians) -> Gaussians:
+    """One masked Gaussian in place of none: an array needs a row to be gathered from."""
+
+    def pad(values, axis):
+        widths = [(0, 0)] * values.ndim
+        widths[axis] = (0, 1)
+        return jnp.pad(values, widths)
+
+    g = gaussians
+    rows = (pad(values, -2) for values in (g.means, g.scales, g.quats))
+    return Gaussians(*rows, pad(g.opacities, -1), pad(g.colors, -2), pad(g.mask, -1))
+
+
 def _project(gaussians, cameras, near, far, eps2d) -> tuple[Projected, Grid]:
     """Projections as (M, G), M all views of all scenes, and the tiles of those M images."""
     cameras = Cameras(full(cameras.world_from_camera), full(cameras.intrinsics), cameras.height, cameras.width)
@@ -158,28 +182,25 @@ def _project(gaussians, cameras, near, far, eps2d) -> tuple[Projected, Grid]:
 
 def _opacities(gaussians: Gaussians, grid: Grid) -> Float[Array, "m g"]:
     """Opacities of every view; those of masked Gaussians are zero already."""
-    views = grid.images // max(math.prod(gaussians.opacities.shape[:-1]), 1)
+    views = grid.images // math.prod(gaussians.opacities.shape[:-1])
     return jnp.repeat(gaussians.opacities.reshape(-1, gaussians.opacities.shape[-1]), views, axis=0)
 
 
 def _per_view(colors, cameras: Cameras, grid: Grid) -> Float[Array, "m g c"]:
     """Colours of every view."""
-    if colors.ndim > cameras.intrinsics.ndim:
-        return colors.reshape(grid.images, *colors.shape[-2:])
-    return jnp.broadcast_to(colors[..., None, :, :], (*cameras.intrinsics.shape[:-2], *colors.shape[-2:])).reshape(
-        grid.images, *colors.shape[-2:]
-    )
+    if colors.ndim < cameras.intrinsics.ndim:
+        colors = jnp.broadcast_to(colors[..., None, :, :], (*cameras.intrinsics.shape[:-2], *colors.shape[-2:]))
+    return colors.reshape(grid.images, *colors.shape[-2:])
 
 
-def _splats(projected: Projected, opacities, colors, order: Int[Array, "m g"]) -> Splats:
+def _splats(projected: Projected, opacities, colors, index: Int[Array, "n"]) -> Splats:
     """Splats view by view, near to far; depth is their last feature."""
     p = projected
     seen = p.visible
     safe = jnp.where(seen, p.determinant, 1)
     columns = [p.x, p.y, p.yy / safe, -p.xy / safe, p.xx / safe, opacities, *jnp.moveaxis(colors, -1, 0), p.depth]
     table = jnp.stack(columns, axis=-1)
-    index = order + jnp.arange(order.shape[0], dtype=jnp.int32)[:, None] * order.shape[1]
-    table = table.reshape(-1, table.shape[-1]).at[index.ravel()].get(unique_indices=True, mode="promise_in_bounds")
+    table = table.reshape(-1, table.shape[-1]).at[index].get(unique_indices=True, mode="promise_in_bounds")
     return Splats(means=table[:, :2], conics=table[:, 2:5], opacities=table[:, 5], features=table[:, 6:])
 
 
@@ -189,19 +210,25 @@ def _roomy(pairs: int) -> int:
     return -(-max(pairs, 1) // step) * step
 
 
-def _check(gaussians: Gaussians, cameras: Cameras, depth, near: float) -> None:
-    """Shapes and options that do not go together end here."""
-    scenes, views = gaussians.means.shape[:-2], cameras.intrinsics.shape[:-2]
-    if views[:-1] != scenes or not views:
+def _check_shapes(gaussians: Gaussians, cameras: Cameras, background: Array | None) -> None:
+    means, colors, views = gaussians.means.shape, gaussians.colors.shape, cameras.intrinsics.shape[:-2]
+    if views[:-1] != means[:-2] or math.prod(views) == 0 or not views:
         raise ValueError(
-            "cameras must have the Gaussians' leading axes and one more, of views: "
-            f"means are {gaussians.means.shape}, intrinsics {cameras.intrinsics.shape}"
+            "cameras must have the Gaussians' leading axes and one more, of at least one view: "
+            f"means are {means}, intrinsics {cameras.intrinsics.shape}"
         )
-    count = gaussians.means.shape[-2]
-    allowed = (*scenes, count), (*views, count)
-    if gaussians.colors.shape[:-1] not in allowed:
-        raise ValueError(f"colors are {gaussians.colors.shape}; expected {allowed[0]} or {allowed[1]}, then channels")
+    if colors[:-1] not in (means[:-1], (*views, means[-2])):
+        raise ValueError(f"colors are {colors}; expected {means[:-1]} or {(*views, means[-2])}, then channels")
+    if background is not None and (background.ndim == 0 or background.shape[-1] != colors[-1]):
+        raise ValueError(f"background is {background.shape}; its last axis must be the {colors[-1]} channels of colors")
+
+
+def _check_options(depth: str, near: float, max_alpha: float, capacity: int | str) -> None:
     if depth not in get_args(Depth):
         raise ValueError(f"depth is {depth!r}; expected one of {get_args(Depth)}")
     if near < 0:
         raise ValueError(f"near is {near}; expected a camera z of at least 0")
+    if not 0 < max_alpha < 1:
+        raise ValueError(f"max_alpha is {max_alpha}; expected a number between 0 and 1")
+    if capacity != "auto" and (not isinstance(capacity, int) or capacity < 1):
+        raise ValueError(f"capacity is {capacity!r}; expected 'auto' or a positive integer")

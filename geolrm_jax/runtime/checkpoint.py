@@ -58,6 +58,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 create=write,
                 read_only=not write,
+                save_interval_steps=int(write),
                 best_fn=self._metric,
                 best_mode="min",
                 preservation_policy=keep,
@@ -76,8 +77,9 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of complete checkpoints, in order."""
-        return sorted(self._manager.all_steps(read=True))
+        """Steps of complete checkpoints, in order, those another process has written since included."""
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
 
     def resolve(self, which: str | int) -> int:
         """The step that `"latest"`, `"best"` or a number means.
@@ -85,7 +87,6 @@ class Checkpoints:
         Raises:
           FileNotFoundError: if there is no such checkpoint; the message lists those there are.
         """
-        self._manager.reload()
         steps = self.steps
         found = {"latest": self._manager.latest_step, "best": self._manager.best_step}.get(str(which))
         step = found() if found else int(which) if str(which).isdigit() else None
@@ -125,19 +126,23 @@ class Checkpoints:
 
     def restore_model(self, step: int, abstract_model: Mapping[str, Any]) -> dict[str, Any]:
         """`params` and `batch_stats` at `step`; the averaged parameters take the place of the raw where they exist."""
-        metadata = self._item_metadata(step)
         wanted = dict(abstract_model)
-        if "ema" in metadata:
-            wanted["ema"] = {name: wanted["params"][name] for name in metadata["ema"]}
+        averaged = self._saved_tree(step).get("ema", {})
+        if averaged:
+            wanted["ema"] = {name: wanted["params"][name] for name in averaged}
         model = self._restore(step, {"model": ocp.args.StandardRestore(wanted)})["model"]
         params = {**model["params"], **model.get("ema", {})}
         return {"params": params, "batch_stats": model["batch_stats"]}
 
-    def _item_metadata(self, step: int) -> Any:
+    def _saved_tree(self, step: int) -> Mapping[str, Any]:
+        """The saved model's names, without its arrays."""
         try:
-            return self._manager.item_metadata(step)["model"]
-        except (KeyError, ValueError, FileNotFoundError) as error:
+            metadata = self._manager.item_metadata(step)["model"]
+        except (KeyError, ValueError, OSError) as error:
             raise self._incomplete(step, error) from error
+        if metadata is None:
+            raise self._incomplete(step, "no metadata of the model in it")
+        return metadata.tree
 
     def _restore(self, step: int, items: Mapping[str, Any]) -> Any:
         missing = [name for name in items if not (self.directory / str(step) / name).is_dir()]

@@ -5,7 +5,7 @@ A fork's own objective is a frozen dataclass with the members of `Objective`, na
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ Losses = Mapping[str, Array]
 Metrics = Mapping[str, Array]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Members that the step and the loop use."""
 

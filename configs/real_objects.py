@@ -1,0 +1,26 @@
+"""Real textured objects in the GObjaverse layout: 12 to train on, 4 unseen.
+
+  python train.py --config configs/real_objects.py --data.source.root DIR
+
+DIR holds an object a folder; with other objects than these, name the unseen ones by --data.source.test.
+"""
+
+from dataclasses import replace
+
+from geolrm_jax.config import Experiment, load_config
+from geolrm_jax.data.pipeline import DataConfig, FolderSource
+
+UNSEEN = ("basket", "milk", "moka_pot", "white_yellow_mug")
+
+
+def get_config() -> Experiment:
+    """The quickstart's networks, 112^2 inputs, 128^2 renders."""
+    base = load_config("quickstart")
+    source = FolderSource("../shared/renders", test=UNSEEN)
+    return replace(
+        base,
+        name="real_objects",
+        data=DataConfig(source, occupancy_grid=base.data.occupancy_grid),
+        evaluation=replace(base.evaluation, inputs=6, render_size=128),
+        render_size=128,
+    )
