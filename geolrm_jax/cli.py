@@ -106,3 +106,6 @@ def infer(arguments: Arguments, program: str) -> None:
 
 
 COMMANDS = {"train": train, "eval": evaluate, "infer": infer}
+
+if __name__ == "__main__":
+    sys.exit(main())

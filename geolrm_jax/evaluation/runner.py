@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from geolrm_jax.data.pipeline import make_example
+from geolrm_jax.data.pipeline import RecordSource, make_example
 from geolrm_jax.data.record import Record
 from geolrm_jax.evaluation.protocol import Protocol, choose_inputs, nearest_view_baseline, white_baseline
 from geolrm_jax.evaluation.results import ImageScores, ObjectResult, Pictures
@@ -33,7 +33,7 @@ SURFACE = "centres of Gaussians with opacity above 0.5"
 
 def evaluate_objects(
     model: Model,
-    records: Sequence[Record],
+    records: RecordSource,
     chosen: Sequence[int],
     protocol: Protocol,
     *,

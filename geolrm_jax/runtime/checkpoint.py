@@ -6,7 +6,7 @@ folder has its final name only when all of it is on disk.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,7 @@ class Checkpoints:
 
     def _saved_tree(self, step: int) -> Mapping[str, Any]:
         """The saved model's names, without its arrays."""
+        self._check_items(step, ("model",))
         try:
             metadata = self._manager.item_metadata(step)["model"]
         except (KeyError, ValueError, OSError) as error:
@@ -145,13 +146,16 @@ class Checkpoints:
         return metadata.tree
 
     def _restore(self, step: int, items: Mapping[str, Any]) -> Any:
-        missing = [name for name in items if not (self.directory / str(step) / name).is_dir()]
-        if missing:
-            raise self._incomplete(step, f"no {' and no '.join(missing)} in it")
+        self._check_items(step, items)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError) as error:
             raise self._incomplete(step, error) from error
+
+    def _check_items(self, step: int, names: Iterable[str]) -> None:
+        missing = [name for name in names if not (self.directory / str(step) / name).is_dir()]
+        if missing:
+            raise self._incomplete(step, f"no {' and no '.join(missing)} in it")
 
     def _incomplete(self, step: int, why: object) -> ValueError:
         first = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__

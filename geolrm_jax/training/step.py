@@ -66,7 +66,7 @@ def make_train_step(graphdef, objective: Objective, optimizer, schedule, *, seed
         stats, summed = mean_of_scan(part, state["batch_stats"], (parts, jax.random.split(key, accumulation)))
         grads, metrics = summed
 
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         usable = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state["opt_state"], trained)
         params = optax.apply_updates(trained, updates)
