@@ -19,18 +19,20 @@ from geolrm_jax.training.loop import StageConfig
 from geolrm_jax.training.objectives import ProposalObjective, ReconstructionObjective
 from geolrm_jax.training.optimizer import OptimizerConfig
 
-SIZE, GRID, ANCHORS = 112, 32, 1024
+SIZE, GRID, ANCHORS = 112, 24, 1024
+TARGETS = (3, 9, 15, 21)
+VIEWS = tuple(sorted({*range(0, 24, 2), *TARGETS}))  # of the GObjaverse rig
 
 
 def get_config() -> Experiment:
-    """Small networks on 32^3 voxels."""
+    """Small networks on 24^3 voxels."""
     encoder = ImageEncoderConfig(ViTConfig(width=96, depth=2, heads=4, pretrained_grid=8, remat=False), channels=64)
-    transformer = TransformerConfig(width=96, depth=3, heads=4, points=4, remat=False)
-    checkpoint = CheckpointConfig(every=200, keep=2)
+    transformer = TransformerConfig(width=96, depth=3, heads=4, points=2, remat=False)
+    checkpoint = CheckpointConfig(every=100, keep=2)
     return Experiment(
         name="quickstart",
         data=DataConfig(
-            ProceduralSource(train_objects=200, test_objects=12, size=SIZE, view_ids=tuple(range(0, 24, 1))),
+            ProceduralSource(train_objects=240, test_objects=12, size=SIZE, view_ids=VIEWS),
             occupancy_grid=GRID,
         ),
         model=GeoLRMConfig(
@@ -39,11 +41,11 @@ def get_config() -> Experiment:
         ),
         proposal=StageConfig(
             ProposalObjective(),
-            steps=400,
+            steps=300,
             batch=4,
-            views=4,
-            inputs=(4,),
-            optimizer=OptimizerConfig(1e-3, warmup=40, clip=4.0),
+            views=6,
+            inputs=(4, 6),
+            optimizer=OptimizerConfig(2e-3, warmup=40, clip=1.0),
             checkpoint=checkpoint,
             log_every=10,
         ),
@@ -52,12 +54,12 @@ def get_config() -> Experiment:
             steps=400,
             batch=2,
             views=6,
-            inputs=(4,),
-            optimizer=OptimizerConfig(1e-3, warmup=40, clip=4.0),
+            inputs=(4, 6),
+            optimizer=OptimizerConfig(2e-3, warmup=40, clip=1.0),
             checkpoint=checkpoint,
             log_every=10,
         ),
-        evaluation=Protocol(inputs=4, input_size=SIZE, render_size=SIZE, max_anchors=2 * ANCHORS),
+        evaluation=Protocol(TARGETS, inputs=6, input_size=SIZE, render_size=SIZE, max_anchors=2 * ANCHORS),
         input_size=SIZE,
         render_size=SIZE,
     )

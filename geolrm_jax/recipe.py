@@ -39,7 +39,7 @@ def run(experiment: Experiment, workdir: Path) -> None:
     write_config(experiment, workdir)
     data = build(experiment.data, data_directory(experiment, workdir))
     for name in experiment.stages:
-        train_stage(experiment, name, workdir, data)
+        train(make_trainer(experiment, name, workdir, data))
     report = evaluate(workdir)
     example = export_example(experiment, workdir, report.parent)
     logging.summary(
@@ -64,8 +64,8 @@ def data_directory(experiment: Experiment, workdir: Path) -> Path:
     return Path(experiment.data.root) if experiment.data.root else workdir / "data"
 
 
-def train_stage(experiment: Experiment, name: str, workdir: Path, data: Path) -> None:
-    """Trains one stage to its end; the reconstruction starts from the latest proposal."""
+def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path) -> Trainer:
+    """All that one stage's training needs; the reconstruction starts from the latest proposal."""
     stage = experiment.stages[name]
     processes = jax.process_count()
     if stage.batch % processes:
@@ -81,19 +81,17 @@ def train_stage(experiment: Experiment, name: str, workdir: Path, data: Path) ->
         shard=(jax.process_index(), processes),
         view_rule=stage.view_rule,
     )
-    earlier = name == "reconstruction" and experiment.proposal
-    train(
-        Trainer(
-            name=name,
-            stage=stage,
-            model=experiment.model,
-            precision=experiment.precision,
-            mesh=experiment.mesh,
-            seed=experiment.seed,
-            directory=workdir,
-            data=iter(batches),
-            warm_start=restore_stage(experiment, "proposal", workdir, "latest")[0] if earlier else None,
-        )
+    on_a_proposal = name == "reconstruction" and experiment.proposal
+    return Trainer(
+        name=name,
+        stage=stage,
+        model=experiment.model,
+        precision=experiment.precision,
+        mesh=experiment.mesh,
+        seed=experiment.seed,
+        directory=workdir,
+        data=iter(batches),
+        warm_start=restore_stage(experiment, "proposal", workdir, "latest")[0] if on_a_proposal else None,
     )
 
 

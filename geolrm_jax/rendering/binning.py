@@ -17,6 +17,7 @@ from kernels_pallas.rasterization.shapes import CUT, TILE, Grid, Pairs
 
 # The pixel test decides what is drawn; the tile test only must not lose anything to rounding.
 REACH_SLACK = 1e-3
+SLOT_MULTIPLE = 256  # arrays of slots of an odd length take XLA half as long again
 
 
 def stable_order(keys: Int[Array, "*batch n"], bits: int) -> Int[Array, "*batch n"]:
@@ -137,12 +138,12 @@ def make_pairs(
     gaussian = (order + jnp.arange(order.shape[0], dtype=jnp.int32)[:, None] * order.shape[1]).ravel()
     counts = counts[gaussian]
     ends = jnp.cumsum(counts)
-    slots = jnp.arange(capacity, dtype=jnp.int32)
-    splat = jnp.repeat(jnp.arange(counts.size, dtype=jnp.int32), counts, total_repeat_length=capacity)
+    slots = jnp.arange(-(-capacity // SLOT_MULTIPLE) * SLOT_MULTIPLE, dtype=jnp.int32)
+    splat = jnp.repeat(jnp.arange(counts.size, dtype=jnp.int32), counts, total_repeat_length=slots.size)
 
     tile = _nth_tile(jax.tree.map(lambda a: a[gaussian[splat]], footprint), slots - (ends - counts)[splat], grid)
     tile = tile + splat // order.shape[1] * (grid.rows * grid.columns)
-    tile = jnp.where(slots < ends[-1], tile, grid.tiles)
+    tile = jnp.where(slots < jnp.minimum(ends[-1], capacity), tile, grid.tiles)
     slot = stable_order(tile, grid.tiles.bit_length())
     start = jnp.searchsorted(tile[slot], jnp.arange(grid.tiles + 1, dtype=jnp.int32)).astype(jnp.int32)
     overflow = jnp.where(fits, jnp.maximum(ends[-1] - capacity, 0), jnp.iinfo(jnp.int32).max)

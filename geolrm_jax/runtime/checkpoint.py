@@ -49,9 +49,7 @@ class Checkpoints:
         if not write and not self.directory.is_dir():
             raise FileNotFoundError(f"no checkpoints at {self.directory}: expected a folder that training has written")
         managers = ocp.checkpoint_managers
-        lowest = managers.BestN(
-            get_metric_fn=self._metric, reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
+        lowest = managers.BestN(get_metric_fn=self._metric, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         keep = managers.AnyPreservationPolicy([managers.LatestN(n=config.keep), lowest])
         self._manager = ocp.CheckpointManager(
             self.directory,

@@ -1,6 +1,7 @@
 """The loop of one stage: restore, step, log, save."""
 
 import dataclasses
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -9,9 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from geolrm_jax.data.pipeline import ViewRule
+from geolrm_jax.inference import abstract_model
 from geolrm_jax.models.geolrm import GeoLRMConfig
 from geolrm_jax.precision import Precision
 from geolrm_jax.runtime import logging
@@ -76,31 +77,36 @@ class Trainer:
     """`params` and `batch_stats` of other stages that take the place of fresh ones."""
 
 
-def train(trainer: Trainer) -> None:
-    """Trains a stage to its last step, going on from its latest checkpoint if there is one."""
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A stage before its first batch; nothing is compiled until it is called."""
+
+    abstract_state: State
+    """Shapes with the shardings they have on the mesh."""
+    init: Callable[[], State]
+    build: Callable[[Objective], Callable]
+    """step(state, constants, batch, inputs) for an objective."""
+    constants: Any
+    batch_sharding: jax.sharding.NamedSharding
+
+
+def prepare(trainer: Trainer) -> Prepared:
+    """Everything of a stage that is decided before the first batch."""
     stage, mesh = trainer.stage, trainer.mesh.make()
     model = stage.objective.networks(trainer.model)
     optimizer, schedule = stage.optimizer.make(stage.steps), stage.optimizer.schedule(stage.steps)
-    checkpoints = Checkpoints(trainer.directory / trainer.name / "checkpoints", stage.checkpoint, write=True)
-
-    def make(rngs):
-        return model.make(rngs, trainer.precision)
+    graphdef, _ = abstract_model(model, trainer.precision)
 
     def init(key):
+        make = functools.partial(model.make, precision=trainer.precision)
         return init_state(make, stage.objective, optimizer, key, ema=stage.ema_decay > 0)
 
     key = jax.random.fold_in(jax.random.key(trainer.seed), 0)
     abstract = jax.eval_shape(init, key)
     shardings = shard_tree(mesh, abstract)
-    first = 0
-    if checkpoints.steps:
-        first = checkpoints.resolve("latest")
-        state = checkpoints.restore(first, abstract_with_sharding(abstract, shardings), trainer.data)
-        logging.notice(f"{trainer.name}: going on from the checkpoint of step {first}")
-    else:
-        state = warm_started(jax.jit(init, out_shardings=shardings)(key), trainer.warm_start, shardings)
-    constants = stage.objective.constants()
-    graphdef = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)[0]
+
+    def fresh() -> State:
+        return warm_started(jax.jit(init, out_shardings=shardings)(key), trainer.warm_start, shardings)
 
     def build(objective: Objective) -> Callable:
         return make_train_step(
@@ -113,24 +119,39 @@ def train(trainer: Trainer) -> None:
             ema_decay=stage.ema_decay,
         )
 
+    return Prepared(
+        abstract_with_sharding(abstract, shardings), fresh, build, stage.objective.constants(), batch_sharding(mesh)
+    )
+
+
+def train(trainer: Trainer) -> None:
+    """Trains a stage to its last step, going on from its latest checkpoint if there is one."""
+    stage, prepared = trainer.stage, prepare(trainer)
+    checkpoints = Checkpoints(trainer.directory / trainer.name / "checkpoints", stage.checkpoint, write=True)
+    first = checkpoints.resolve("latest") if checkpoints.steps else 0
+    if first:
+        state = checkpoints.restore(first, prepared.abstract_state, trainer.data)
+        logging.notice(f"{trainer.name}: going on from the checkpoint of step {first}")
+    else:
+        state = prepared.init()
+
     with (
         logging.RunLogger(trainer.directory, trainer.name, first or None) as log,
         logging.progress(trainer.name, stage.steps, start=first) as bar,
     ):
-        window = Window(trainer.name, stage, build, log, bar)
-        sharding = batch_sharding(mesh)
-        for step in range(first, stage.steps):
+        monitor = Monitor(trainer.name, stage, prepared.build, log, bar)
+        for done in range(first + 1, stage.steps + 1):
             start = time.perf_counter()
             batch = next(trainer.data)
             waited = time.perf_counter() - start
-            inputs = drawn_inputs(stage.inputs, trainer.seed, step)
+            inputs = drawn_inputs(stage.inputs, trainer.seed, done - 1)
             with jax.transfer_guard("disallow"):
-                state, metrics = window.step(state, constants, put_batch(batch, sharding), inputs)
-            done = step + 1
+                batch = put_batch(batch, prepared.batch_sharding)
+                state, metrics = monitor.step(state, prepared.constants, batch, inputs)
             save = done % stage.checkpoint.every == 0 or done == stage.steps
-            window.add(done, metrics, inputs, waited, last=save)
+            monitor.add(done, metrics, inputs, waited, flush=save)
             if save:
-                checkpoints.save(done, state, trainer.data, window.since_save())
+                checkpoints.save(done, state, trainer.data, monitor.since_save())
     checkpoints.close()
 
 
@@ -147,8 +168,11 @@ def warm_started(state: State, other: Mapping[str, Any] | None, shardings: Any) 
     return state
 
 
-class Window:
-    """Runs steps one ahead of what has been measured, averages metrics between log lines, acts on what they say."""
+class Monitor:
+    """Averages the steps' metrics between log lines and acts on what they say.
+
+    Metrics of a step are fetched after the next one is dispatched: the device never waits for the host.
+    """
 
     def __init__(self, name: str, stage: StageConfig, build: Callable, log: logging.RunLogger, bar: logging.Progress):
         self.name, self.stage, self.build, self.log, self.bar = name, stage, build, log, bar
@@ -156,9 +180,9 @@ class Window:
         self.compiled = build(self.objective)
         self.seen: set[int] = set()
         self.skipped = 0
-        self.pending: tuple | None = None
-        self.sums, self.saved_sums = defaultdict(list), defaultdict(list)
-        self.started = time.perf_counter()
+        self.in_flight: tuple | None = None
+        self.since_line, self.since_checkpoint = defaultdict(list), defaultdict(list)
+        self.line_started = time.perf_counter()
 
     def step(self, state, constants, batch, inputs: int):
         """Dispatches one step; says so before the first of each number of inputs, which compiles."""
@@ -167,54 +191,56 @@ class Window:
             logging.notice(f"{self.name}: compiling the step for {inputs} input views")
         return self.compiled(state, constants, batch, inputs=inputs)
 
-    def add(self, done: int, metrics: Mapping[str, jax.Array], inputs: int, waited: float, *, last: bool) -> None:
-        """Takes a dispatched step's metrics; those of the step before, finished by now, are fetched."""
-        ready, self.pending = self.pending, (done, metrics, inputs, waited)
-        if ready:
-            self._take(*ready)
-        if last or done % self.stage.log_every == 0:
-            self._take(*self.pending)
-            self.pending = None
+    def add(self, done: int, metrics: Mapping[str, jax.Array], inputs: int, waited: float, *, flush: bool) -> None:
+        """Takes the metrics of a dispatched step; writes a line where one is due."""
+        before, self.in_flight = self.in_flight, (done, metrics, inputs, waited, self.objective)
+        if before:
+            self._take(*before)
+        if flush or done % self.stage.log_every == 0:
+            self._take(*self.in_flight)
+            self.in_flight = None
             self._write(done)
 
     def since_save(self) -> dict[str, float]:
         """Mean metrics since the last call."""
-        means = {name: float(np.mean(values)) for name, values in self.saved_sums.items()}
-        self.saved_sums.clear()
+        means = {name: float(np.mean(values)) for name, values in self.since_checkpoint.items()}
+        self.since_checkpoint.clear()
         return means
 
-    def _take(self, done: int, metrics: Mapping[str, jax.Array], inputs: int, waited: float) -> None:
+    def _take(self, done: int, metrics: Mapping[str, jax.Array], inputs: int, waited: float, ran: Objective) -> None:
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        self.skipped += int(values["skipped"])
+        values |= {"inputs": inputs, "seconds_waiting_for_data": waited}
         if values["skipped"]:
-            logging.warn(f"{self.name}: step {done} skipped, its loss or gradient is not finite")
-            if self.skipped > self.stage.max_skipped:
-                raise FloatingPointError(
-                    f"{self.name}: {self.skipped} steps skipped, more than max_skipped {self.stage.max_skipped}: "
-                    "lower optimizer.learning-rate or look at the data"
-                )
+            self._skip(done)
+            values = {"skipped": 1.0}  # the rest is not finite
         if values.get("overflow"):
-            self._grow(done, int(values["overflow"]))
-        for name, value in {**values, "inputs": inputs, "seconds_waiting_for_data": waited}.items():
-            if not (values["skipped"] and name not in ("skipped", "learning_rate")):
-                self.sums[name].append(value)
-                self.saved_sums[name].append(value)
+            self._grow(done, int(values["overflow"]), ran)
+        for name, value in values.items():
+            self.since_line[name].append(value)
+            self.since_checkpoint[name].append(value)
 
-    def _grow(self, done: int, overflow: int) -> None:
-        self.objective = self.objective.grown()
-        self.compiled, self.seen = self.build(self.objective), set()
-        logging.warn(
-            f"{self.name}: step {done} left out {overflow} (Gaussian, tile) pairs; capacity doubled: {self.objective}"
-        )
+    def _skip(self, done: int) -> None:
+        self.skipped += 1
+        logging.warn(f"{self.name}: step {done} skipped, its loss or gradient is not finite")
+        if self.skipped > self.stage.max_skipped:
+            raise FloatingPointError(
+                f"{self.name}: {self.skipped} steps skipped, more than max_skipped {self.stage.max_skipped}: "
+                "lower optimizer.learning-rate or look at the data"
+            )
+
+    def _grow(self, done: int, overflow: int, ran: Objective) -> None:
+        logging.warn(f"{self.name}: step {done} left out {overflow} (Gaussian, tile) pairs, its capacity was too small")
+        if ran is self.objective:  # else it was dispatched before the capacity grew
+            self.objective = self.objective.grown()
+            self.compiled, self.seen = self.build(self.objective), set()
+            logging.notice(f"{self.name}: capacity doubled, set it so in the config: {self.objective}")
 
     def _write(self, done: int) -> None:
         now = time.perf_counter()
-        steps = max(len(self.sums["skipped"]), 1)
-        means = {name: float(np.mean(values)) for name, values in self.sums.items()}
-        means["seconds_per_step"] = (now - self.started) / steps
-        means["skipped"] = float(np.sum(self.sums["skipped"]))
+        means = {name: float(np.mean(values)) for name, values in self.since_line.items()}
+        means["seconds_per_step"] = (now - self.line_started) / len(self.since_line["skipped"])
+        means["skipped"] = float(np.sum(self.since_line["skipped"]))
         self.log.log(done, means)
-        shown = ("loss", "psnr", "iou", "anchors")
-        self.bar.update(done, {name: means[name] for name in shown if name in means})
-        self.sums.clear()
-        self.started = now
+        self.bar.update(done, {name: means[name] for name in ("loss", "psnr", "iou", "anchors") if name in means})
+        self.since_line.clear()
+        self.line_started = now

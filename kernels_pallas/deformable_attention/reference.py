@@ -71,7 +71,8 @@ def _sample(
     rows, columns = quads.shape[2:4]
     index = ((scene * heads + head) * rows + row) * columns + column
     table = quads.reshape(batch * heads * rows * columns, 4, channels)
-    return _weighted_rows(table, index, corners * weights[..., None])
+    # Without the barrier XLA fuses all of the above into the gathers and computes it anew for every channel.
+    return _weighted_rows(*jax.lax.optimization_barrier((table, index, corners * weights[..., None])))
 
 
 @jax.custom_vjp
