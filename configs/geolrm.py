@@ -14,6 +14,7 @@ from geolrm_jax.training.loop import StageConfig
 from geolrm_jax.training.objectives import ProposalObjective, ReconstructionObjective
 
 OBJECTS, EPOCHS = 280_000, 12
+TEST_OBJECTS = ("0/10005",)  # objects kept from training: replace by your list
 
 
 def get_config() -> Experiment:
@@ -21,7 +22,7 @@ def get_config() -> Experiment:
     proposal, reconstruction = 2 * 32 * 8, 1 * 32 * 8
     return Experiment(
         name="geolrm",
-        data=DataConfig(FolderSource("/data/gobjaverse"), occupancy_grid=128, image_encoding="png"),
+        data=DataConfig(FolderSource("/data/gobjaverse", test=TEST_OBJECTS), occupancy_grid=128, image_encoding="png"),
         model=GeoLRMConfig(),
         proposal=StageConfig(ProposalObjective(), steps=EPOCHS * OBJECTS // proposal, batch=proposal, accumulation=8),
         reconstruction=StageConfig(

@@ -7,30 +7,27 @@ from dataclasses import replace
 
 from geolrm_jax.config import Experiment, load_config
 
-OBJECT = "basket"
+OBJECT, ANCHORS = "basket", 1536
 UNSEEN = (2, 6, 10, 14, 18, 22, 27, 33)  # of the 38 distinct views
 TRAINED = tuple(view for view in range(40) if view not in (*UNSEEN, 24, 39))
 
 
 def get_config() -> Experiment:
-    """The quickstart's networks with more Gaussians, on one object."""
+    """The quickstart's networks with more anchors, on one object."""
     base = load_config("real_objects")
     source = replace(base.data.source, train=(OBJECT,), test=(OBJECT,), train_views=TRAINED)
-    network = base.model.reconstruction
-    network = replace(network, decoder=replace(network.decoder, gaussians_per_anchor=12))
     return replace(
         base,
         name="one_object",
         data=replace(base.data, source=source),
-        model=replace(base.model, reconstruction=network),
-        proposal=replace(base.proposal, steps=150, batch=1, views=6, inputs=(6,)),
+        proposal=replace(base.proposal, steps=100, batch=1, views=6, inputs=(6,)),
         reconstruction=replace(
             base.reconstruction,
-            objective=replace(base.reconstruction.objective, max_anchors=1536),
-            steps=450,
+            objective=replace(base.reconstruction.objective, max_anchors=ANCHORS),
+            steps=500,
             batch=1,
             views=8,
             inputs=(6,),
         ),
-        evaluation=replace(base.evaluation, targets=UNSEEN, inputs=6),
+        evaluation=replace(base.evaluation, targets=UNSEEN, inputs=6, max_anchors=ANCHORS),
     )

@@ -19,13 +19,13 @@ from geolrm_jax.training.loop import StageConfig
 from geolrm_jax.training.objectives import ProposalObjective, ReconstructionObjective
 from geolrm_jax.training.optimizer import OptimizerConfig
 
-SIZE, GRID, ANCHORS = 112, 24, 1024
+SIZE, GRID, ANCHORS = 112, 16, 896
 TARGETS = (3, 9, 15, 21)
 VIEWS = tuple(sorted({*range(0, 24, 2), *TARGETS}))  # of the GObjaverse rig
 
 
 def get_config() -> Experiment:
-    """Small networks on 24^3 voxels."""
+    """Small networks on 16^3 voxels."""
     encoder = ImageEncoderConfig(ViTConfig(width=96, depth=2, heads=4, pretrained_grid=8, remat=False), channels=64)
     transformer = TransformerConfig(width=96, depth=3, heads=4, points=2, remat=False)
     checkpoint = CheckpointConfig(every=100, keep=2)
@@ -37,11 +37,11 @@ def get_config() -> Experiment:
         ),
         model=GeoLRMConfig(
             ProposalConfig(encoder, transformer, coarse_grid=8, fine_grid=GRID),
-            ReconstructionConfig(encoder, transformer, GaussianDecoderConfig(8, offset_max=0.1, scale_max=0.03)),
+            ReconstructionConfig(encoder, transformer, GaussianDecoderConfig(12, offset_max=0.1, scale_max=0.03)),
         ),
         proposal=StageConfig(
             ProposalObjective(),
-            steps=250,
+            steps=220,
             batch=4,
             views=4,
             inputs=(4,),
@@ -59,7 +59,7 @@ def get_config() -> Experiment:
             checkpoint=checkpoint,
             log_every=10,
         ),
-        evaluation=Protocol(TARGETS, inputs=4, input_size=SIZE, render_size=SIZE, max_anchors=2 * ANCHORS),
+        evaluation=Protocol(TARGETS, inputs=4, input_size=SIZE, render_size=SIZE, max_anchors=ANCHORS),
         input_size=SIZE,
         render_size=SIZE,
     )

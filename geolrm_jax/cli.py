@@ -25,7 +25,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., int]:
     def run(arguments: Arguments, program: str) -> int:
         try:
             command(arguments, program)
-        except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             print(f"{program}: error: {error}", file=sys.stderr)
             return 1
         return 0

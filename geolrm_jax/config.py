@@ -5,13 +5,14 @@ import difflib
 import importlib
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from geolrm_jax.data.pipeline import DataConfig
+from geolrm_jax.data.pipeline import DataConfig, FolderSource
 from geolrm_jax.evaluation.protocol import Protocol
 from geolrm_jax.export.files import written_whole
 from geolrm_jax.models.geolrm import GeoLRMConfig
@@ -45,11 +46,30 @@ class Experiment:
 
     def __post_init__(self):
         check_input_size(self.input_size, self.input_size)
+        if self.render_size < 16:
+            raise ValueError(f"render_size must be at least 16, got {self.render_size}")
+        if self.reconstruction and not self.proposal:
+            raise ValueError("reconstruction trains on the anchors of a trained proposal: proposal must not be None")
         if self.model.proposal.fine_grid != self.data.occupancy_grid:
             raise ValueError(
                 f"model.proposal.fine_grid {self.model.proposal.fine_grid} and data.occupancy_grid "
                 f"{self.data.occupancy_grid} must be equal"
             )
+
+    def absolute(self) -> "Experiment":
+        """The same with absolute paths, so that the work directory alone says where everything is."""
+        data, reconstruction = self.data, self.reconstruction
+        if data.root:
+            data = dataclasses.replace(data, root=os.path.abspath(data.root))
+        if isinstance(data.source, FolderSource):
+            data = dataclasses.replace(
+                data, source=dataclasses.replace(data.source, root=os.path.abspath(data.source.root))
+            )
+        weights = getattr(reconstruction and reconstruction.objective, "lpips_weights", None)
+        if weights:
+            objective = dataclasses.replace(reconstruction.objective, lpips_weights=os.path.abspath(weights))
+            reconstruction = dataclasses.replace(reconstruction, objective=objective)
+        return dataclasses.replace(self, data=data, reconstruction=reconstruction)
 
     @property
     def stages(self) -> dict[str, StageConfig]:
@@ -67,7 +87,8 @@ def config_path(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     package = Path(__file__).parent
-    folders = [folder for folder in (package.parent / "configs", package / "configs") if folder.is_dir()]
+    checkout = package.parent / "configs" if (package.parent / "pyproject.toml").is_file() else package / "configs"
+    folders = [checkout] if checkout.is_dir() else []
     found = {str(f.relative_to(d).with_suffix("")): f for d in folders for f in sorted(d.rglob("*.py"))}
     found = {key: file for key, file in found.items() if not Path(key).name.startswith("_")}
     if name in found:
@@ -85,9 +106,14 @@ def load_config(name: str) -> Experiment:
       ValueError: if the file has no `get_config()` that returns an Experiment.
     """
     path = config_path(name)
+    if path.suffix != ".py":
+        raise ValueError(f"{path}: expected a .py file with a function get_config()")
     spec = importlib.util.spec_from_file_location(f"geolrm_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from error
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path}: expected a function get_config() that returns an Experiment")
     experiment = module.get_config()
@@ -136,21 +162,22 @@ def from_tree(tree: Any) -> Any:
         raise ValueError(f"cannot rebuild {tree['type']} from a stored config: {error}") from error
 
 
-def write_config(experiment: Experiment, workdir: Path) -> None:
-    """Writes `workdir/config.json`.
-
-    Raises:
-      ValueError: if the folder belongs to another config; the message names what differs.
-    """
-    path = workdir / "config.json"
-    if path.is_file():
+def check_workdir(experiment: Experiment, workdir: Path) -> None:
+    """Raises a ValueError that names what differs if the folder belongs to another config."""
+    if (workdir / "config.json").exists():
         differences = _differences(to_tree(read_config(workdir)), to_tree(experiment))
         if differences:
-            there, here = "; ".join(differences[:5]), f"{len(differences)} values"
-            raise ValueError(f"{workdir} belongs to another config, {here} differ ({there}): choose another --workdir")
-        return
+            raise ValueError(
+                f"{workdir} belongs to another config, {len(differences)} values differ "
+                f"({'; '.join(differences[:5])}): choose another --workdir"
+            )
+
+
+def write_config(experiment: Experiment, workdir: Path) -> None:
+    """Writes `workdir/config.json`; raises as `check_workdir` does."""
+    check_workdir(experiment, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
+    with written_whole(workdir / "config.json") as temporary:
         tree = {"format_version": FORMAT_VERSION, "experiment": to_tree(experiment)}
         temporary.write_text(json.dumps(tree, indent=2) + "\n")
 
@@ -169,9 +196,13 @@ def read_config(workdir: Path) -> Experiment:
         tree = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if tree.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {tree.get('format_version')}")
-    return from_tree(tree["experiment"])
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {version}")
+    try:
+        return from_tree(tree["experiment"])
+    except KeyError as error:
+        raise ValueError(f"{path}: no key {error} where an experiment is expected") from error
 
 
 def _differences(there: Any, here: Any, path: str = "") -> list[str]:

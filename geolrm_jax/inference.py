@@ -21,7 +21,7 @@ class Model:
     Attributes:
       variables: `params` and `batch_stats`.
       graphdef: the module's structure.
-      input_size: side of the images that the networks were trained on.
+      input_size: side that images are resized to.
       max_anchors: anchors per object; of more occupied voxels a random subset is used.
       seed: of that subset.
     """

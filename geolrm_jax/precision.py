@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -21,6 +22,11 @@ class Precision:
     def dtype(self) -> jnp.dtype:
         """`compute` as a dtype."""
         return jnp.dtype(self.compute)
+
+    @property
+    def products(self) -> jax.lax.Precision:
+        """Passes of a matrix product: float32 means float32, not TF32 or the TPU's default of one bfloat16 pass."""
+        return jax.lax.Precision.DEFAULT if self.compute == "bfloat16" else jax.lax.Precision.HIGHEST
 
     @property
     def wide(self) -> jnp.dtype:

@@ -1,16 +1,18 @@
 """The roof: stages one after the other, evaluation, inference, each from a config or a work directory alone."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from geolrm_jax.config import Experiment, read_config, to_tree, write_config
+from geolrm_jax.config import Experiment, check_workdir, read_config, to_tree, write_config
+from geolrm_jax.data.folder import FolderSource, find_objects
 from geolrm_jax.data.folder import read_views as read_gobjaverse
-from geolrm_jax.data.pipeline import build, make_views, open_split, training_dataset
+from geolrm_jax.data.pipeline import RecordSource, build, make_views, open_split, training_dataset
 from geolrm_jax.data.record import PosedImages
 from geolrm_jax.data.transforms import read_views as read_transforms
 from geolrm_jax.evaluation.protocol import choose_inputs
@@ -22,7 +24,7 @@ from geolrm_jax.export.video import write_video
 from geolrm_jax.geometry.cameras import turntable
 from geolrm_jax.inference import Model, abstract_model, reconstruct, restore_variables
 from geolrm_jax.losses.lpips import load_lpips
-from geolrm_jax.rendering import rasterize
+from geolrm_jax.rendering import Renderer
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checkpoint import Checkpoints
 from geolrm_jax.scene import Gaussians, Views
@@ -33,13 +35,20 @@ FRAMES = 48  # of a turntable
 
 
 def run(experiment: Experiment, workdir: Path) -> None:
-    """Data, proposal, reconstruction, evaluation, one object exported; what is done already is not done again."""
+    """Data, proposal, reconstruction, evaluation, one object exported; what is built or trained already stays."""
     started = time.perf_counter()
     logging.notice(f"{experiment.name}: {workdir} on {jax.device_count()} x {jax.devices()[0].device_kind}")
-    write_config(experiment, workdir)
+    experiment = experiment.absolute()
+    check_workdir(experiment, workdir)
+    check_batches(experiment)
     data = build(experiment.data, data_directory(experiment, workdir))
+    check_protocol(experiment, data)
+    write_config(experiment, workdir)
     for name in experiment.stages:
         train(make_trainer(experiment, name, workdir, data))
+    if not experiment.reconstruction:
+        logging.notice(f"{experiment.name}: done; the proposal's checkpoints are in {workdir / 'proposal'}")
+        return
     report = evaluate(workdir)
     example = export_example(experiment, workdir, report.parent)
     logging.summary(
@@ -59,6 +68,23 @@ def run(experiment: Experiment, workdir: Path) -> None:
     )
 
 
+def check_batches(experiment: Experiment) -> None:
+    """Raises a ValueError unless every stage's batch can be split over the devices."""
+    devices = jax.device_count()
+    for name, stage in experiment.stages.items():
+        if stage.batch // stage.accumulation % devices:
+            raise ValueError(
+                f"{name}.batch {stage.batch} in {stage.accumulation} parts: each part must be a multiple of the "
+                f"{devices} devices"
+            )
+
+
+def check_protocol(experiment: Experiment, data: Path) -> None:
+    """Raises a ValueError if the set cannot be evaluated: better before the training than after."""
+    record = open_split(data, "test")[0]
+    choose_inputs(experiment.evaluation, record.view_ids, record.cameras(range(len(record.view_ids))))
+
+
 def data_directory(experiment: Experiment, workdir: Path) -> Path:
     """Where the built data set of a run lies."""
     return Path(experiment.data.root) if experiment.data.root else workdir / "data"
@@ -66,10 +92,7 @@ def data_directory(experiment: Experiment, workdir: Path) -> Path:
 
 def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path) -> Trainer:
     """All that one stage's training needs; the reconstruction starts from the latest proposal."""
-    stage = experiment.stages[name]
-    processes = jax.process_count()
-    if stage.batch % processes:
-        raise ValueError(f"{name}.batch {stage.batch} must be a multiple of the {processes} processes")
+    stage, processes = experiment.stages[name], jax.process_count()
     batches = training_dataset(
         open_split(data, "train"),
         batch=stage.batch // processes,
@@ -136,14 +159,14 @@ def evaluate(
     Args:
       workdir: all that is needed to rebuild the model.
       step: of the reconstruction stage.
-      data: a built set, whose test split (else all of it) is used, or a folder in the GObjaverse layout.
+      data: a built set, whose test split is used, or a folder in the GObjaverse layout, all of it.
       objects: only the first so many.
-      out: folder of the report; by default `workdir/eval/STEP`.
+      out: folder of the report; by default `workdir/eval/STEP`, with the name of `data` behind it if that is given.
     """
     experiment = read_config(workdir)
     model, number = _load_model(experiment, workdir, step)
-    out = Path(out) if out else workdir / "eval" / str(number)
-    records = open_split(data or data_directory(experiment, workdir), "test")
+    out = Path(out) if out else workdir / "eval" / (f"{number}-{data.resolve().name}" if data else str(number))
+    records = open_records(experiment, workdir, data, out)
     lpips_file = experiment.reconstruction.objective.lpips_weights
     lpips, lpips_hash = load_lpips(lpips_file) if lpips_file else (None, None)
     if lpips is None:
@@ -165,6 +188,21 @@ def evaluate(
         ),
     )
     return as_json
+
+
+def open_records(experiment: Experiment, workdir: Path, data: Path | None, out: Path) -> RecordSource:
+    """The objects to evaluate on; a folder in the GObjaverse layout is built into `out/data` first."""
+    if data is None:
+        return open_split(data_directory(experiment, workdir), "test")
+    if not (data / "data_config.json").is_file():
+        source = FolderSource(str(data.resolve()), test=tuple(find_objects(data)))
+        data = build(replace(experiment.data, source=source, root=None), out / "data")
+    records = open_split(data, "test")
+    if records[0].grid != experiment.data.occupancy_grid:
+        raise ValueError(
+            f"{data}: occupancy of {records[0].grid} voxels a side, the model's has {experiment.data.occupancy_grid}"
+        )
+    return records
 
 
 def export_example(experiment: Experiment, workdir: Path, out: Path) -> Path:
@@ -206,6 +244,10 @@ def infer(
     gaussians = jax.block_until_ready(reconstruct(model, views))
     seconds = time.perf_counter() - start
     count = export(gaussians, out, size=size)
+    if gaussians.mask.all():
+        logging.warn(f"all {model.max_anchors} anchors are used: evaluation.max_anchors may leave out occupied voxels")
+    if count == 0:
+        logging.warn("no voxel was found occupied: there is nothing to draw")
     anchors = count // experiment.model.reconstruction.decoder.gaussians_per_anchor
     logging.summary(
         f"{folder}: reconstructed from {len(images.view_ids)} views",
@@ -228,9 +270,13 @@ def export(gaussians: Gaussians, out: Path, *, size: int) -> int:
     return count
 
 
-def turntable_frames(gaussians: Gaussians, size: int):
+def turntable_frames(gaussians: Gaussians, size: int) -> Iterator[np.ndarray]:
     """Pictures (size, size, 3) of one scene on white, around the object once."""
-    rig = turntable(FRAMES, size=size)
-    for view in range(FRAMES):
-        camera = jax.tree.map(lambda x: jnp.asarray(x[view : view + 1]), rig)  # noqa: B023
-        yield np.clip(np.asarray(rasterize(gaussians, camera, background=jnp.ones(3)).rgb[0]), 0.0, 1.0)
+    rig, render = turntable(FRAMES, size=size), Renderer()
+    cameras = [jax.tree.map(lambda x: jnp.asarray(x[view : view + 1]), rig) for view in range(FRAMES)]  # noqa: B023
+    for camera in cameras:
+        render.make_room(gaussians, camera)
+    with logging.progress("turntable", FRAMES, unit="frame") as bar:
+        for done, camera in enumerate(cameras, start=1):
+            yield np.clip(np.asarray(render(gaussians, camera).rgb[0]), 0.0, 1.0)
+            bar.update(done)

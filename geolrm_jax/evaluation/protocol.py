@@ -10,6 +10,7 @@ import numpy as np
 from einops import einsum
 from jaxtyping import Array, Float, Int
 
+from geolrm_jax.models.image_encoder import check_input_size
 from geolrm_jax.scene import Cameras, Views
 
 RING = tuple(range(24))  # the upper ring of the GObjaverse layout
@@ -43,8 +44,7 @@ class Protocol:
     """Distances, after scaling, under which a point counts as matched; 0.2 is the paper's."""
 
     def __post_init__(self):
-        if self.input_size % 28 or self.input_size <= 0:
-            raise ValueError(f"input_size: expected a positive multiple of 28, got {self.input_size}")
+        check_input_size(self.input_size, self.input_size)
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError(f"targets: expected at least one view and none twice, got {self.targets}")
         if self.inputs < 1:

@@ -23,7 +23,7 @@ from geolrm_jax.inference import Model, reconstruct_batch
 from geolrm_jax.losses.lpips import Lpips
 from geolrm_jax.metrics.geometry import compare_points, voxel_counts
 from geolrm_jax.metrics.image import psnr, ssim
-from geolrm_jax.rendering import rasterize
+from geolrm_jax.rendering import Renderer
 from geolrm_jax.runtime import logging
 from geolrm_jax.scene import Gaussians, Rendering, Views
 
@@ -52,11 +52,13 @@ def evaluate_objects(
     """
     if not len(chosen):
         raise ValueError("the data set has no objects to evaluate")
-    results = []
+    results, render = [], Renderer()
     with logging.progress("evaluation", len(chosen), unit="object") as bar:
         for done, index in enumerate(chosen):
             runs = TIMED_RUNS if done == 0 else 1
-            result = evaluate_object(model, records[index], protocol, lpips=lpips, runs=runs, drawn=done < pictures)
+            result = evaluate_object(
+                model, render, records[index], protocol, lpips=lpips, runs=runs, drawn=done < pictures
+            )
             results.append(result)
             mean = float(np.mean([r.prediction.psnr.mean() for r in results]))
             bar.update(done + 1, {"psnr": mean})
@@ -64,7 +66,14 @@ def evaluate_objects(
 
 
 def evaluate_object(
-    model: Model, record: Record, protocol: Protocol, *, lpips: Lpips | None, runs: int, drawn: bool
+    model: Model,
+    render: Renderer,
+    record: Record,
+    protocol: Protocol,
+    *,
+    lpips: Lpips | None,
+    runs: int,
+    drawn: bool,
 ) -> ObjectResult:
     """One object, timed over `runs` reconstructions after one that compiles if it must."""
     everything = record.cameras(range(len(record.view_ids)))
@@ -73,8 +82,8 @@ def evaluate_object(
     batch = jax.tree.map(lambda x: jnp.asarray(x)[None], make_example(record, inputs, protocol.targets, *sizes))
 
     (gaussians, logits), reconstruct_seconds = timed(lambda: reconstruct_batch(model, batch.inputs), runs)
-    white = jnp.ones(3)
-    rendering, render_seconds = timed(lambda: rasterize(gaussians, batch.targets.cameras, background=white), runs)
+    render.make_room(gaussians, batch.targets.cameras)
+    rendering, render_seconds = timed(lambda: render(gaussians, batch.targets.cameras), runs)
 
     targets = jax.tree.map(lambda x: x[0], batch.targets)
     truth = targets.over(1.0)

@@ -5,7 +5,6 @@ OpenCV axes everywhere (x right, y down, z forward); other conventions are turne
 
 import jax.numpy as jnp
 import numpy as np
-from einops import einsum
 from jaxtyping import Array, Float
 
 from geolrm_jax.scene import Cameras
@@ -29,7 +28,7 @@ def _pixel_directions(cameras: Cameras) -> Float[Array, "*batch h w 3"]:
     local_x, local_y = (x - k[..., 0, 2]) / k[..., 0, 0], (y - k[..., 1, 2]) / k[..., 1, 1]
     local = jnp.stack([local_x, local_y, jnp.ones_like(local_x)], axis=-1)
     rotation = jnp.asarray(cameras.world_from_camera)[..., :3, :3]
-    return einsum(rotation, local, "... i j, ... h w j -> ... h w i")
+    return jnp.einsum("...ij,...hwj->...hwi", rotation, local, precision="highest")
 
 
 def rays(cameras: Cameras) -> tuple[Float[Array, "*batch 3"], Float[Array, "*batch h w 3"]]:
@@ -60,7 +59,7 @@ def project(
       but has no meaning: callers mask by z > 0.
     """
     pose = camera_from_world(cameras)
-    local = einsum(pose[..., :3, :3], points, "... v i j, ... n j -> ... v n i") + pose[..., None, :3, 3]
+    local = jnp.einsum("...vij,...nj->...vni", pose[..., :3, :3], points, precision="highest") + pose[..., None, :3, 3]
     z = local[..., 2]
     xy = local[..., :2] / jnp.where(z > 1e-6, z, 1.0)[..., None]
     k = jnp.asarray(cameras.intrinsics)[..., None, :, :]

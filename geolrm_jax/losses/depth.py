@@ -15,6 +15,7 @@ def edge_aware_log_l1(
     target: Float[Array, "b v h w"],
     image: Float[Array, "b v h w 3"],
     mask: Bool[Array, "b v h w"],
+    valid: Bool[Array, "b v"],
     mean: DepthMean = "surface",
 ) -> Float[Array, ""]:
     """exp(-|∂I|) log(1 + |D - D̂|) at the left (x) and the top (y) pixel of every pair of neighbours.
@@ -24,7 +25,8 @@ def edge_aware_log_l1(
       target: measured camera z.
       image: the target picture in [0, 1]; |∂I| is the channel mean of its absolute forward differences.
       mask: pixels that count.
-      mean: divide by the pixels that count (the released code) or by all pixels (the paper).
+      valid: views that count.
+      mean: divide by the pixels that count (the released code) or by all pixels of valid views (the paper).
     """
     error = jnp.log1p(jnp.abs(depth - target))
     total = jnp.zeros(())
@@ -32,9 +34,10 @@ def edge_aware_log_l1(
         (jnp.diff(image, axis=-2), (..., slice(None), slice(-1))),
         (jnp.diff(image, axis=-3), (..., slice(-1), slice(None))),
     ):
-        kept = mask[here]
+        kept = mask[here] & valid[..., None, None]
+        pixels = kept.sum() if mean == "surface" else valid.sum() * (kept.shape[-2] * kept.shape[-1])
         loss = jnp.where(kept, jnp.exp(-jnp.abs(edge).mean(-1)) * error[here], 0.0)
-        total += loss.sum() / (jnp.maximum(kept.sum(), 1) if mean == "surface" else loss.size)
+        total += loss.sum() / jnp.maximum(pixels, 1)
     return total
 
 

@@ -37,5 +37,5 @@ def affinity(
 
 
 def _ratio(part: Float[Array, "..."], whole: Float[Array, "..."]) -> Float[Array, "..."]:
-    """part / whole, one where there is nothing to count, never below e^-100 (where torch clamps the logarithm)."""
+    """part / whole, one where there is nothing to count; the part is held above e^-80 for the logarithm."""
     return jnp.where(whole > 0, jnp.maximum(part, jnp.exp(-80.0)) / jnp.where(whole > 0, whole, 1.0), 1.0)

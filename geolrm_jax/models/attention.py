@@ -47,9 +47,12 @@ def attention(
 
     @jax.checkpoint
     def rows(chunk):
-        scores = jnp.einsum("bnkc,bmkc->bknm", chunk, keys, preferred_element_type=full(chunk).dtype) * scale
+        scores = (
+            jnp.einsum("bnkc,bmkc->bknm", chunk, keys, precision="highest", preferred_element_type=full(chunk).dtype)
+            * scale
+        )
         weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
-        return jnp.einsum("bknm,bmkc->bnkc", weights.astype(values.dtype), values)
+        return jnp.einsum("bknm,bmkc->bnkc", weights.astype(values.dtype), values, precision="highest")
 
     if chunks == 1:
         return rows(queries)

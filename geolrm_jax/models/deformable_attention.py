@@ -85,4 +85,4 @@ class DeformableCrossAttention(nnx.Module):
         )
         sampled = rearrange(sampled, "b v n k c -> b v n (k c)")
         weights = masked_softmax(full(self.view_logit(sampled)), features.view_valid[..., None], axis=1)
-        return self.out(jnp.einsum("bvnd,bvno->bnd", full(sampled), weights))
+        return self.out(jnp.sum(full(sampled) * weights, axis=1))

@@ -76,7 +76,15 @@ class ViT(nnx.Module):
         normal = jax.nn.initializers.truncated_normal(0.02)
         self.config = config
         self.patches = nnx.Conv(
-            3, width, (PATCH, PATCH), PATCH, padding="VALID", kernel_init=normal, dtype=precision.dtype, rngs=rngs
+            3,
+            width,
+            (PATCH, PATCH),
+            PATCH,
+            padding="VALID",
+            kernel_init=normal,
+            dtype=precision.dtype,
+            precision=precision.products,
+            rngs=rngs,
         )
         self.class_token = nnx.Param(normal(rngs.params(), (width,)))
         self.positions = nnx.Param(normal(rngs.params(), (1 + config.pretrained_grid**2, width)))

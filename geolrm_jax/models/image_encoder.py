@@ -50,6 +50,7 @@ class ImageEncoder(nnx.Module):
             # torch takes the fan-in of a transposed convolution from its output channels.
             kernel_init=jax.nn.initializers.variance_scaling(1.0 / 3.0, "fan_out", "uniform"),
             dtype=precision.dtype,
+            precision=precision.products,
             rngs=rngs,
         )
         self.low = nnx.Conv(
@@ -61,6 +62,7 @@ class ImageEncoder(nnx.Module):
             use_bias=False,
             kernel_init=torch_default,
             dtype=precision.dtype,
+            precision=precision.products,
             rngs=rngs,
         )
         self.high_norm = BatchNorm(config.channels, rngs=rngs)
@@ -85,5 +87,7 @@ class ImageEncoder(nnx.Module):
 
 def check_input_size(height: int, width: int) -> None:
     """Raises a ValueError unless both sides are multiples of 28."""
-    if height % INPUT_MULTIPLE or width % INPUT_MULTIPLE:
-        raise ValueError(f"input_size must be a multiple of {INPUT_MULTIPLE} on both sides, got {height} x {width}")
+    if min(height, width) <= 0 or height % INPUT_MULTIPLE or width % INPUT_MULTIPLE:
+        raise ValueError(
+            f"input_size must be a positive multiple of {INPUT_MULTIPLE} on both sides, got {height} x {width}"
+        )

@@ -41,6 +41,7 @@ def linear(
         kernel_init=kernel_init,
         bias_init=bias_init or torch_bias(inputs),
         dtype=precision.dtype,
+        precision=precision.products,
         rngs=rngs,
     )
 

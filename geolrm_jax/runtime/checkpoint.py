@@ -41,6 +41,7 @@ class Checkpoints:
 
     Raises:
       FileNotFoundError: if there is nothing to read.
+      ValueError: if the checkpoints there are of another format version.
     """
 
     def __init__(self, directory: Path | str, config: CheckpointConfig, *, write: bool):
@@ -69,6 +70,15 @@ class Checkpoints:
             },
             metadata={"format_version": FORMAT_VERSION} if write else None,
         )
+        self._check_version()
+
+    def _check_version(self) -> None:
+        saved = self._manager.metadata().custom_metadata or {}
+        if self.steps and saved.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{self.directory}: checkpoints of format version {saved.get('format_version')}, "
+                f"this program reads {FORMAT_VERSION}"
+            )
 
     def _metric(self, metrics: Mapping[str, float]) -> float:
         return metrics[self.config.best]
@@ -94,6 +104,10 @@ class Checkpoints:
                 f"no checkpoint {which!r} in {self.directory}: expected latest, best or one of the steps {there}"
             )
         return step
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What `save` was given beside the state."""
+        return self._manager.metrics(step)
 
     def save(self, step: int, state: Mapping[str, Any], iterator: Any, metrics: Mapping[str, float]) -> None:
         """Starts saving; `state` may be donated as soon as this returns.

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from geolrm_jax.data.pipeline import ViewRule
 from geolrm_jax.inference import abstract_model
@@ -20,7 +21,9 @@ from geolrm_jax.runtime.checkpoint import CheckpointConfig, Checkpoints, abstrac
 from geolrm_jax.runtime.sharding import MeshConfig, batch_sharding, put_batch, shard_tree
 from geolrm_jax.training.objectives import Objective
 from geolrm_jax.training.optimizer import OptimizerConfig
-from geolrm_jax.training.step import State, init_state, make_train_step
+from geolrm_jax.training.step import INIT, State, init_state, make_train_step
+
+DOUBLINGS = "capacity_doublings"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +48,16 @@ class StageConfig:
     """Decay of averaged parameters, which evaluation then uses; 0 keeps none."""
     log_every: int = 20
     """Steps between lines of the log, each the mean since the last; divides checkpoint.every."""
-    max_skipped: int = 100
+    max_skipped: int = 20
     """Non-finite steps after which the run stops."""
+    max_growth: int = 6
+    """Times that the rasterizer's capacity may double before the run stops."""
 
     def __post_init__(self):
+        positive = ("steps", "batch", "accumulation", "views", "log_every")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch % self.accumulation:
             raise ValueError(f"batch {self.batch} must be a multiple of accumulation {self.accumulation}")
         if not self.inputs or min(self.inputs) < 1 or max(self.inputs) > self.views:
@@ -87,7 +96,7 @@ class Prepared:
     build: Callable[[Objective], Callable]
     """step(state, constants, batch, inputs) for an objective."""
     constants: Any
-    batch_sharding: jax.sharding.NamedSharding
+    batch_sharding: NamedSharding
 
 
 def prepare(trainer: Trainer) -> Prepared:
@@ -101,7 +110,7 @@ def prepare(trainer: Trainer) -> Prepared:
         make = functools.partial(model.make, precision=trainer.precision)
         return init_state(make, stage.objective, optimizer, key, ema=stage.ema_decay > 0)
 
-    key = jax.random.fold_in(jax.random.key(trainer.seed), 0)
+    key = jax.random.fold_in(jax.random.key(trainer.seed), INIT)
     abstract = jax.eval_shape(init, key)
     shardings = shard_tree(mesh, abstract)
 
@@ -117,19 +126,20 @@ def prepare(trainer: Trainer) -> Prepared:
             seed=trainer.seed,
             accumulation=stage.accumulation,
             ema_decay=stage.ema_decay,
+            shardings=shardings,
         )
 
-    return Prepared(
-        abstract_with_sharding(abstract, shardings), fresh, build, stage.objective.constants(), batch_sharding(mesh)
-    )
+    constants = jax.device_put(stage.objective.constants(trainer.precision), NamedSharding(mesh, PartitionSpec()))
+    return Prepared(abstract_with_sharding(abstract, shardings), fresh, build, constants, batch_sharding(mesh))
 
 
 def train(trainer: Trainer) -> None:
     """Trains a stage to its last step, going on from its latest checkpoint if there is one."""
     stage, prepared = trainer.stage, prepare(trainer)
     checkpoints = Checkpoints(trainer.directory / trainer.name / "checkpoints", stage.checkpoint, write=True)
-    first = checkpoints.resolve("latest") if checkpoints.steps else 0
+    first, doublings = checkpoints.resolve("latest") if checkpoints.steps else 0, 0
     if first:
+        doublings = int(checkpoints.metrics(first)[DOUBLINGS])
         state = checkpoints.restore(first, prepared.abstract_state, trainer.data)
         logging.notice(f"{trainer.name}: going on from the checkpoint of step {first}")
     else:
@@ -139,7 +149,7 @@ def train(trainer: Trainer) -> None:
         logging.RunLogger(trainer.directory, trainer.name, first or None) as log,
         logging.progress(trainer.name, stage.steps, start=first) as bar,
     ):
-        monitor = Monitor(trainer.name, stage, prepared.build, log, bar)
+        monitor = Monitor(trainer.name, stage, prepared.build, log, bar, doublings)
         for done in range(first + 1, stage.steps + 1):
             start = time.perf_counter()
             batch = next(trainer.data)
@@ -174,9 +184,20 @@ class Monitor:
     Metrics of a step are fetched after the next one is dispatched: the device never waits for the host.
     """
 
-    def __init__(self, name: str, stage: StageConfig, build: Callable, log: logging.RunLogger, bar: logging.Progress):
+    def __init__(
+        self,
+        name: str,
+        stage: StageConfig,
+        build: Callable,
+        log: logging.RunLogger,
+        bar: logging.Progress,
+        doublings: int,
+    ):
         self.name, self.stage, self.build, self.log, self.bar = name, stage, build, log, bar
+        self.doublings = doublings
         self.objective = stage.objective
+        for _ in range(doublings):
+            self.objective = self.objective.grown()
         self.compiled = build(self.objective)
         self.seen: set[int] = set()
         self.skipped = 0
@@ -202,10 +223,10 @@ class Monitor:
             self._write(done)
 
     def since_save(self) -> dict[str, float]:
-        """Mean metrics since the last call."""
+        """Mean metrics since the last call, and what a restart needs of this object."""
         means = {name: float(np.mean(values)) for name, values in self.since_checkpoint.items()}
         self.since_checkpoint.clear()
-        return means
+        return means | {DOUBLINGS: self.doublings}
 
     def _take(self, done: int, metrics: Mapping[str, jax.Array], inputs: int, waited: float, ran: Objective) -> None:
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
@@ -222,15 +243,20 @@ class Monitor:
     def _skip(self, done: int) -> None:
         self.skipped += 1
         logging.warn(f"{self.name}: step {done} skipped, its loss or gradient is not finite")
-        if self.skipped > self.stage.max_skipped:
+        if self.skipped >= self.stage.max_skipped:
             raise FloatingPointError(
-                f"{self.name}: {self.skipped} steps skipped, more than max_skipped {self.stage.max_skipped}: "
+                f"{self.name}: {self.skipped} steps skipped, as many as max_skipped: "
                 "lower optimizer.learning-rate or look at the data"
             )
 
     def _grow(self, done: int, overflow: int, ran: Objective) -> None:
         logging.warn(f"{self.name}: step {done} left out {overflow} (Gaussian, tile) pairs, its capacity was too small")
         if ran is self.objective:  # else it was dispatched before the capacity grew
+            self.doublings += 1
+            if self.doublings > self.stage.max_growth:
+                raise ValueError(
+                    f"{self.name}: the capacity was doubled {self.stage.max_growth} times and overflows still"
+                )
             self.objective = self.objective.grown()
             self.compiled, self.seen = self.build(self.objective), set()
             logging.notice(f"{self.name}: capacity doubled, set it so in the config: {self.objective}")

@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 from geolrm_jax.scene import Batch
 from geolrm_jax.training.objectives import Objective
 
+INIT, STEP = 0, 1  # purposes of random numbers, folded into the seed first
 State = dict[str, Any]
 Metrics = dict[str, Array]
 
@@ -34,12 +35,15 @@ def init_state(make: Callable[[nnx.Rngs], nnx.Module], objective: Objective, opt
     return state | ({"ema": jax.tree.map(jnp.copy, trained)} if ema else {})
 
 
-def make_train_step(graphdef, objective: Objective, optimizer, schedule, *, seed, accumulation=1, ema_decay=0.0):
+def make_train_step(
+    graphdef, objective: Objective, optimizer, schedule, *, seed, accumulation=1, ema_decay=0.0, shardings=None
+):
     """Returns step(state, constants, batch, inputs) -> (state, metrics), compiled, with `state` donated.
 
     `inputs`, static, is the number of input views that the networks get. The batch is worked through in `accumulation`
-    equal parts whose gradients are averaged. A step whose loss or gradient is not finite leaves everything but the
-    step count as it was and is counted in `skipped`.
+    parts whose gradients are averaged; part i has rows i, i + accumulation, ...: some of every device. A step whose
+    loss or gradient is not finite leaves everything but the step count as it was and is counted in `skipped`.
+    `shardings` are those of the state, kept from step to step.
     """
 
     def gradients(trained, frozen, stats, constants, batch: Batch, key: Key[Array, ""]):
@@ -53,7 +57,7 @@ def make_train_step(graphdef, objective: Objective, optimizer, schedule, *, seed
         return jax.grad(total, has_aux=True)(trained)
 
     def step(state: State, constants, batch: Batch, inputs: int) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEP), state["step"])
         batch = dataclasses.replace(batch, inputs=jax.tree.map(lambda x: x[:, :inputs], batch.inputs))
         trained = {name: state["params"][name] for name in objective.trains}
         frozen = {name: tree for name, tree in state["params"].items() if name not in trained}
@@ -62,7 +66,7 @@ def make_train_step(graphdef, objective: Objective, optimizer, schedule, *, seed
             grads, (metrics, stats) = gradients(trained, frozen, stats, constants, *part_batch_and_key)
             return stats, (grads, metrics)
 
-        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
         stats, summed = mean_of_scan(part, state["batch_stats"], (parts, jax.random.split(key, accumulation)))
         grads, metrics = summed
 
@@ -77,7 +81,7 @@ def make_train_step(graphdef, objective: Objective, optimizer, schedule, *, seed
         metrics |= {"gradient_norm": norm, "learning_rate": schedule(state["step"]), "skipped": ~usable}
         return {**state, **kept, "step": state["step"] + 1}, metrics
 
-    return jax.jit(step, static_argnames="inputs", donate_argnames="state")
+    return jax.jit(step, static_argnames="inputs", donate_argnames="state", out_shardings=(shardings, None))
 
 
 def mean_of_scan(body, carry, parts):

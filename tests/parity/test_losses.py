@@ -30,13 +30,13 @@ def test_depth(vectors):
     depth, target = (jnp.array(vectors[f"loss/depth_{k}"])[:, :, 0] for k in ("pred", "gt"))
     image = jnp.moveaxis(jnp.array(vectors["loss/rgb"]), 2, -1)
     mask = jnp.array(vectors["loss/mask"])[:, :, 0]
+    valid = jnp.ones(depth.shape[:2], bool)
 
     def loss(depth):
-        return edge_aware_log_l1(depth, target, image, mask)
+        return edge_aware_log_l1(depth, target, image, mask, valid)
 
     np.testing.assert_allclose(loss(depth), vectors["loss/edge_logl1_masked"], rtol=1e-5)
     assert relative(jax.grad(loss)(depth), vectors["loss/edge_logl1_masked_grad"][:, :, 0]) < 1e-4
-    everywhere = edge_aware_log_l1(depth, target, image, jnp.ones_like(mask))
+    everywhere = edge_aware_log_l1(depth, target, image, jnp.ones_like(mask), valid)
     np.testing.assert_allclose(everywhere, vectors["loss/edge_logl1_nomask"], rtol=1e-5)
-    valid = jnp.ones(depth.shape[:2], bool)
     np.testing.assert_allclose(total_variation(depth, valid), vectors["loss/tv"], rtol=1e-5)

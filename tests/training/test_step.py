@@ -130,7 +130,7 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(experiment, rng):
 
     part, _ = make(experiment, "proposal", optimizer=plain)
     moves = []
-    for half in (slice(0, 2), slice(2, 4)):
+    for half in (slice(0, None, 2), slice(1, None, 2)):
         after, _ = part(jax.tree.map(jnp.array, saved), None, jax.tree.map(lambda x: x[half], batch), inputs=2)  # noqa: B023
         moves.append(jax.tree.map(lambda a, b: np.asarray(a) - b, after["params"], saved["params"]))
     expected = jax.tree.map(lambda p, a, b: p + 0.5 * (a + b), saved["params"], *moves)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def build(config: DataConfig, directory: Path | str, *, quiet: bool = False) -> 
 
     Args:
       config: all but `root` decides the set's content.
-      directory: made by this function; a set that an interruption left unfinished starts again.
+      directory: made by this function. It gets its name when all is written; a build that fails leaves nothing, one
+        that is killed a hidden folder beside it.
       quiet: no progress bar.
 
     Returns:
@@ -72,15 +74,17 @@ def build(config: DataConfig, directory: Path | str, *, quiet: bool = False) -> 
                 + "; ".join(f"{key} is {found.get(key)} there, {content.get(key)} here" for key in changed)
             )
         return directory
-    unfinished = directory.with_name(f".{directory.name}.unfinished")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True)
-    with _quiet_tfds(), _progress_bars(quiet) as advance:
-        builder = RecordBuilder(config, advance, data_dir=unfinished, file_format="array_record")
-        builder.download_and_prepare(download_dir=unfinished / "downloads")
-    (unfinished / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.rename(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        with _quiet_tfds(), _progress_bars(quiet) as advance:
+            builder = RecordBuilder(config, advance, data_dir=unfinished, file_format="array_record")
+            builder.download_and_prepare(download_dir=unfinished / "downloads")
+        shutil.rmtree(unfinished / "downloads", ignore_errors=True)
+        (unfinished / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        unfinished.rename(directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return directory
 
 

@@ -1,0 +1,26 @@
+"""One compiled rasterizer for many scenes: a capacity that only grows."""
+
+import jax.numpy as jnp
+
+from geolrm_jax.rendering.rasterizer import count_pairs, rasterize
+from geolrm_jax.scene import Cameras, Gaussians, Rendering
+
+
+class Renderer:
+    """Renders scene after scene on white with a capacity that holds the largest so far, half as much again.
+
+    `rasterize` with capacity "auto" compiles anew for every size of scene; this does only when one does not fit.
+    """
+
+    def __init__(self):
+        self.capacity = 0
+
+    def make_room(self, gaussians: Gaussians, cameras: Cameras) -> None:
+        """Grows the capacity if these pairs do not fit."""
+        pairs = count_pairs(gaussians, cameras)
+        if pairs > self.capacity:
+            self.capacity = pairs + pairs // 2 + 1
+
+    def __call__(self, gaussians: Gaussians, cameras: Cameras) -> Rendering:
+        """Pictures over white; `make_room` comes first, else `Rendering.overflow` may not be zero."""
+        return rasterize(gaussians, cameras, background=jnp.ones(3), capacity=self.capacity)
