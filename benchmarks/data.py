@@ -51,7 +51,7 @@ def building_and_reading(config: DataConfig, arguments: argparse.Namespace) -> d
     """Build time and size of a set, and samples/s of its training pipeline."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "set"
-        seconds = timed(lambda: build(config, directory, quiet=True))
+        seconds = timed(lambda: build(config, directory))
         size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
         train = open_split(directory, "train")
         input_size, render_size = (arguments.size // 28 * 28,) * 2, (arguments.size,) * 2

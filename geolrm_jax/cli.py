@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import absl.logging
+
 Arguments = Sequence[str]
 
 
@@ -23,6 +25,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., int]:
     """Turns what a user can mend into one line and exit code 1; anything else is a bug and keeps its traceback."""
 
     def run(arguments: Arguments, program: str) -> int:
+        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax and TFDS speak of their own options
         try:
             command(arguments, program)
         except (ValueError, OSError, FloatingPointError) as error:

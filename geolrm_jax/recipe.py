@@ -1,5 +1,6 @@
 """The roof: stages one after the other, evaluation, inference, each from a config or a work directory alone."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import numpy as np
 from geolrm_jax.config import Experiment, check_workdir, read_config, to_tree, write_config
 from geolrm_jax.data.folder import FolderSource, find_objects
 from geolrm_jax.data.folder import read_views as read_gobjaverse
-from geolrm_jax.data.pipeline import RecordSource, build, make_views, open_split, training_dataset
+from geolrm_jax.data.pipeline import DataConfig, RecordSource, build, make_views, open_split, training_dataset
 from geolrm_jax.data.record import PosedImages
 from geolrm_jax.data.transforms import read_views as read_transforms
 from geolrm_jax.evaluation.protocol import choose_inputs
@@ -41,7 +42,7 @@ def run(experiment: Experiment, workdir: Path) -> None:
     experiment = experiment.absolute()
     check_workdir(experiment, workdir)
     check_batches(experiment)
-    data = build(experiment.data, data_directory(experiment, workdir))
+    data = build_shown(experiment.data, data_directory(experiment, workdir))
     check_protocol(experiment, data)
     write_config(experiment, workdir)
     for name in experiment.stages:
@@ -66,6 +67,19 @@ def run(experiment: Experiment, workdir: Path) -> None:
             ("reconstruct your own pictures", f"geolrm infer --workdir {workdir} --views FOLDER --out out"),
         ],
     )
+
+
+def build_shown(config: DataConfig, directory: Path) -> Path:
+    """`build` with a bar for each split."""
+    with contextlib.ExitStack() as stack:
+        bars: dict[str, logging.Progress] = {}
+
+        def advance(split: str, done: int, total: int) -> None:
+            if split not in bars:
+                bars[split] = stack.enter_context(logging.progress(f"{split} objects", total, unit="object"))
+            bars[split].update(done)
+
+        return build(config, directory, advance=advance)
 
 
 def check_batches(experiment: Experiment) -> None:
@@ -196,7 +210,7 @@ def open_records(experiment: Experiment, workdir: Path, data: Path | None, out: 
         return open_split(data_directory(experiment, workdir), "test")
     if not (data / "data_config.json").is_file():
         source = FolderSource(str(data.resolve()), test=tuple(find_objects(data)))
-        data = build(replace(experiment.data, source=source, root=None), out / "data")
+        data = build_shown(replace(experiment.data, source=source, root=None), out / "data")
     records = open_split(data, "test")
     if records[0].grid != experiment.data.occupancy_grid:
         raise ValueError(

@@ -37,11 +37,23 @@ def test_overrides_change_one_field(tiny):
     )
 
 
+def test_fields_of_an_objective_can_be_overridden(tiny):
+    changed = apply_overrides(tiny, ["--reconstruction.objective.max-anchors", "7"], program="test")
+    assert changed.reconstruction.objective == dataclasses.replace(tiny.reconstruction.objective, max_anchors=7)
+
+
+def test_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    experiment = apply_overrides(load_config("real_objects"), ["--data.source.root", "renders"], program="test")
+    assert experiment.absolute().data.source.root == str(tmp_path / "renders")
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
         (["--reconstruction.optimizer.learning-rat", "1"], "--reconstruction.optimizer.learning-rate"),
         (["--proposal.steps", "many"], "many"),
+        (["--proposal.steps", "0"], "steps must be at least 1"),
     ],
 )
 def test_a_wrong_override_ends_with_a_hint(tiny, arguments, hint, capsys):
@@ -61,6 +73,12 @@ def test_a_file_without_get_config_is_refused(tmp_path):
     file.write_text("x = 1\n")
     with pytest.raises(ValueError, match=r"empty.py: expected a function get_config"):
         load_config(str(file))
+    file.write_text("def get_config(:\n")
+    with pytest.raises(ValueError, match=r"empty.py, line 1"):
+        load_config(str(file))
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"config.yaml: expected a .py file"):
+        load_config(str(tmp_path / "config.yaml"))
 
 
 def test_a_work_directory_belongs_to_one_config(tiny, tmp_path):
@@ -78,6 +96,9 @@ def test_a_damaged_or_foreign_config_json_is_named(tiny, tmp_path):
     file = tmp_path / "config.json"
     file.write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        read_config(tmp_path)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="format_version 1, got None"):
         read_config(tmp_path)
     file.write_text('{"format_version": 99}')
     with pytest.raises(ValueError, match="format_version 1, got 99"):

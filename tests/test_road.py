@@ -151,7 +151,63 @@ def test_bad_configs_and_data(tiny, tmp_path, capsys):
         "an empty data set",
         capsys=capsys,
     )
-    assert not (tmp_path / "v" / "data").exists()
+    # Nothing half-made is left: the corrected command finds a fresh work directory.
+    assert not (tmp_path / "v").exists() or not list((tmp_path / "v").iterdir())
+
+
+def write_gobjaverse(root: Path, objects=("chair", "lamp"), views=(0, 3, 6, 9, 12), size=28) -> Path:
+    """Procedural objects in the GObjaverse layout, as real files."""
+    import OpenEXR
+    from PIL import Image
+
+    from geolrm_jax.data.pipeline import ProceduralSource
+
+    source = ProceduralSource(len(objects), 0, seed=5, size=size, view_ids=views)
+    for name, id in zip(objects, source.ids("train"), strict=True):
+        images = source.read("train", id)
+        for row, view in enumerate(views):
+            folder = root / name / f"{view:05d}"
+            folder.mkdir(parents=True)
+            Image.fromarray(images.rgba[row]).save(folder / f"{view:05d}.png")
+            pose = images.cameras.world_from_camera[row].astype(float)
+            fov = float(np.radians(source.fov))
+            axes = {name: pose[:3, k].tolist() for k, name in enumerate(("x", "y", "z", "origin"))}
+            (folder / f"{view:05d}.json").write_text(json.dumps({**axes, "x_fov": fov, "y_fov": fov}))
+            zeros = np.zeros((size, size), np.float32)
+            channels = {"R": zeros, "G": zeros, "B": zeros, "A": images.depth[row].astype(np.float32)}
+            header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
+            OpenEXR.File(header, channels).write(str(folder / f"{view:05d}_nd.exr"))
+    return root
+
+
+def test_evaluation_on_a_folder(trained, tmp_path):
+    folder = write_gobjaverse(tmp_path / "mine")
+    assert cli.main(["eval", "--workdir", str(trained), "--data", str(folder)]) == 0
+    report = json.loads((trained / "eval" / "4-mine" / "report.json").read_text())
+    assert [o["id"] for o in report["objects"]] == ["chair", "lamp"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda f: (f / "00003_nd.exr").unlink(), "00003_nd.exr"),
+        (lambda f: (f / "00003_nd.exr").write_bytes((f / "00003_nd.exr").read_bytes()[:200]), "00003_nd.exr"),
+        (lambda f: (f / "00003.json").unlink(), "00003.json"),
+        (lambda f: (f / "00003.png").write_bytes(b""), "00003.png"),
+    ],
+)
+def test_bad_files_of_a_data_set(tiny, tmp_path, damage, named, capsys):
+    folder = write_gobjaverse(tmp_path / "mine", objects=("chair",))
+    damage(folder / "chair" / "00003")
+    config = ["train", "--config", "real_objects", "--workdir", tmp_path / "w", "--data.source.root", folder]
+    fails([*config, "--data.source.test", "chair"], named, capsys=capsys)
+    assert not list((tmp_path / "w").iterdir())
+
+
+def test_a_stage_alone(request, tmp_path, capsys):
+    config = request.config.rootpath / "tests" / "configs" / "tiny_proposal.py"
+    assert cli.main(["train", "--config", str(config), "--workdir", str(tmp_path)]) == 0
+    assert (tmp_path / "proposal" / "checkpoints" / "4").is_dir() and not (tmp_path / "eval").exists()
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ class Monitor:
         """Mean metrics since the last call, and what a restart needs of this object."""
         means = {name: float(np.mean(values)) for name, values in self.since_checkpoint.items()}
         self.since_checkpoint.clear()
-        return means | {DOUBLINGS: self.doublings}
+        return means | {DOUBLINGS: float(self.doublings)}
 
     def _take(self, done: int, metrics: Mapping[str, jax.Array], inputs: int, waited: float, ran: Objective) -> None:
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}

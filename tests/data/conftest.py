@@ -18,4 +18,4 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory):
-    return build(TINY, tmp_path_factory.mktemp("data") / "tiny", quiet=True)
+    return build(TINY, tmp_path_factory.mktemp("data") / "tiny")

@@ -30,10 +30,10 @@ def test_train_and_test_objects_differ(tiny_set):
 
 def test_same_config_is_reused_and_another_refused(tiny_set, tiny_config, monkeypatch):
     monkeypatch.setattr(records, "make_record", lambda *_: pytest.fail("built again"))
-    assert build(dataclasses.replace(tiny_config, root="elsewhere"), tiny_set, quiet=True) == tiny_set
+    assert build(dataclasses.replace(tiny_config, root="elsewhere"), tiny_set) == tiny_set
     other = dataclasses.replace(tiny_config, occupancy_grid=8)
     with pytest.raises(ValueError, match="occupancy_grid is 16 there, 8 here"):
-        build(other, tiny_set, quiet=True)
+        build(other, tiny_set)
 
 
 def test_interrupted_build_leaves_nothing_that_looks_complete(tiny_config, tmp_path, monkeypatch):
@@ -46,10 +46,10 @@ def test_interrupted_build_leaves_nothing_that_looks_complete(tiny_config, tmp_p
 
     monkeypatch.setattr(records, "make_record", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        build(tiny_config, tmp_path / "set", quiet=True)
+        build(tiny_config, tmp_path / "set")
     assert not (tmp_path / "set").exists()
     monkeypatch.setattr(records, "make_record", working)
-    assert len(open_split(build(tiny_config, tmp_path / "set", quiet=True), "train")) == 7
+    assert len(open_split(build(tiny_config, tmp_path / "set"), "train")) == 7
 
 
 def test_what_is_no_set_is_named(tmp_path, tiny_set):
@@ -62,19 +62,19 @@ def test_what_is_no_set_is_named(tmp_path, tiny_set):
         open_split(tiny_set, "validation")
     empty = DataConfig(source=ProceduralSource(train_objects=0, test_objects=0))
     with pytest.raises(ValueError, match="an empty data set"):
-        build(empty, tmp_path / "empty", quiet=True)
+        build(empty, tmp_path / "empty")
 
 
 def test_folder_source_is_built_and_a_broken_object_named(real_renders, tmp_path):
     source = FolderSource(
         root=str(real_renders), train=("plate",), test=("plate",), train_views=(0, 6), test_views=(3,)
     )
-    directory = build(DataConfig(source=source, occupancy_grid=16, image_encoding="png"), tmp_path / "set", quiet=True)
+    directory = build(DataConfig(source=source, occupancy_grid=16, image_encoding="png"), tmp_path / "set")
     [record] = open_split(directory, "test")
     assert (record.id, record.view_ids.tolist(), record.size) == ("plate", [3], (256, 256))
     missing = dataclasses.replace(source, train_views=(0, 77))
     with pytest.raises(FileNotFoundError, match=r"plate has no views \[77\]"):
-        build(DataConfig(source=missing), tmp_path / "broken", quiet=True)
+        build(DataConfig(source=missing), tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
 
 

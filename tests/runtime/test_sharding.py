@@ -35,7 +35,7 @@ losses, norms = [], []
 for _ in range(3):
     state, metrics = step(state, prepared.constants, put_batch(next(trainer.data), prepared.batch_sharding), inputs=2)
     losses.append(float(metrics["loss"])); norms.append(float(metrics["gradient_norm"]))
-result = {"devices": jax.device_count(), "shard": shard, "whole": kernel.shape, "losses": losses, "norms": norms}
+result = {"programs": step._cache_size(), "devices": jax.device_count(), "shard": shard, "whole": kernel.shape, "losses": losses, "norms": norms}
 print(json.dumps(result))
 """
 
@@ -72,6 +72,7 @@ def test_eight_devices_give_the_numbers_of_one(request, tmp_path):
 
     one, eight = run(1, 1), run(8, 2)
     assert (one["devices"], eight["devices"]) == (1, 8)
+    assert one["programs"] == eight["programs"] == 1  # the state keeps its layout: nothing compiles anew
     assert eight["shard"][1] * 2 == eight["whole"][1] and one["shard"] == one["whole"]
     np.testing.assert_allclose(eight["losses"][0], one["losses"][0], rtol=1e-5)
     np.testing.assert_allclose(eight["norms"][0], one["norms"][0], rtol=1e-4)

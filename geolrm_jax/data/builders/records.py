@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from geolrm_jax.data.folder import FolderSource
 from geolrm_jax.data.occupancy import drop_edges, occupancy_from_depth
@@ -47,14 +46,17 @@ class DataConfig:
     """Folder of the built set, which several runs may share; None: `data` inside the work directory."""
 
 
-def build(config: DataConfig, directory: Path | str, *, quiet: bool = False) -> Path:
+Advance = Callable[[str, int, int], None]
+
+
+def build(config: DataConfig, directory: Path | str, *, advance: Advance = lambda *_: None) -> Path:
     """Builds the set of `config` in `directory`, or finds it complete there.
 
     Args:
       config: all but `root` decides the set's content.
       directory: made by this function. It gets its name when all is written; a build that fails leaves nothing, one
         that is killed a hidden folder beside it.
-      quiet: no progress bar.
+      advance: called as (split, objects done, objects in all) after each object.
 
     Returns:
       The directory.
@@ -77,7 +79,7 @@ def build(config: DataConfig, directory: Path | str, *, quiet: bool = False) -> 
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        with _quiet_tfds(), _progress_bars(quiet) as advance:
+        with _quiet_tfds():
             builder = RecordBuilder(config, advance, data_dir=unfinished, file_format="array_record")
             builder.download_and_prepare(download_dir=unfinished / "downloads")
         shutil.rmtree(unfinished / "downloads", ignore_errors=True)
@@ -178,7 +180,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder):
     # TFDS looks for checksums of downloads beside a builder's code, with a package it does not depend on. None here.
     code_path = None
 
-    def __init__(self, config: DataConfig, advance: Callable[[str, int], None], **arguments):
+    def __init__(self, config: DataConfig, advance: Advance, **arguments):
         self._data_config, self._advance = config, advance
         super().__init__(**arguments)
 
@@ -200,8 +202,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, ids: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         records = _in_order(lambda id: make_record(self._data_config, split, id), ids)
         for index, record in enumerate(records):
-            self._advance(split, len(ids))
             yield index, to_features(record)
+            self._advance(split, index + 1, len(ids))
 
 
 def _in_order(function: Callable[[str], Record], ids: list[str]) -> Iterator[Record]:
@@ -219,22 +221,6 @@ def _in_order(function: Callable[[str], Record], ids: list[str]) -> Iterator[Rec
         finally:
             for future in pending:
                 future.cancel()
-
-
-@contextlib.contextmanager
-def _progress_bars(quiet: bool) -> Iterator[Callable[[str, int], None]]:
-    """A function (split, total) that counts one object of a split, with a bar, the rate and the time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=quiet) as progress:
-        tasks: dict[str, Any] = {}
-
-        def advance(split: str, total: int) -> None:
-            if split not in tasks:
-                tasks[split] = progress.add_task(f"building {split} objects", total=total, rate="")
-            task = progress.tasks[progress.task_ids.index(tasks[split])]
-            progress.update(tasks[split], advance=1, rate=f"{task.speed or 0.0:.1f} objects/s")
-
-        yield advance
 
 
 @contextlib.contextmanager
