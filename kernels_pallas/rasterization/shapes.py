@@ -57,7 +57,7 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "quickstart": Workload(scenes=4, views=4, gaussians=8_192, size=112),
+    "quickstart": Workload(scenes=2, views=6, gaussians=10_752, size=112),
     "object": Workload(scenes=1, views=1, gaussians=50_000, size=256),
     "training": Workload(scenes=1, views=8, gaussians=131_072, size=448),  # 4,096 anchors, 8 supervised views
     "evaluation": Workload(scenes=1, views=8, gaussians=524_288, size=512),  # 16,384 anchors

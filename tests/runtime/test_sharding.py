@@ -35,7 +35,8 @@ losses, norms = [], []
 for _ in range(3):
     state, metrics = step(state, prepared.constants, put_batch(next(trainer.data), prepared.batch_sharding), inputs=2)
     losses.append(float(metrics["loss"])); norms.append(float(metrics["gradient_norm"]))
-result = {"programs": step._cache_size(), "devices": jax.device_count(), "shard": shard, "whole": kernel.shape, "losses": losses, "norms": norms}
+result = {"programs": step._cache_size(), "devices": jax.device_count(), "shard": shard, "whole": kernel.shape}
+result |= {"losses": losses, "norms": norms}
 print(json.dumps(result))
 """
 
