@@ -41,7 +41,7 @@ def get_config() -> Experiment:
         ),
         proposal=StageConfig(
             ProposalObjective(),
-            steps=220,
+            steps=250,
             batch=4,
             views=4,
             inputs=(4,),
@@ -51,7 +51,7 @@ def get_config() -> Experiment:
         ),
         reconstruction=StageConfig(
             ReconstructionObjective(max_anchors=ANCHORS),
-            steps=400,
+            steps=600,
             batch=2,
             views=6,
             inputs=(4,),

@@ -21,6 +21,8 @@ def get_config() -> Experiment:
         base,
         name="real_objects",
         data=DataConfig(source, occupancy_grid=base.data.occupancy_grid),
+        proposal=replace(base.proposal, views=6, inputs=(6,)),
+        reconstruction=replace(base.reconstruction, views=8, inputs=(6,)),
         evaluation=replace(base.evaluation, inputs=6, render_size=128),
         render_size=128,
     )
