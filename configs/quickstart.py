@@ -51,7 +51,7 @@ def get_config() -> Experiment:
         ),
         reconstruction=StageConfig(
             ReconstructionObjective(max_anchors=ANCHORS),
-            steps=600,
+            steps=450,
             batch=2,
             views=6,
             inputs=(4,),

@@ -3,6 +3,8 @@
   python train.py --config configs/real_objects.py --data.source.root DIR
 
 DIR holds an object a folder; with other objects than these, name the unseen ones by --data.source.test.
+2 CPU cores, 10 min 45 s while another job shared them for half of that (14 min 50 s of CPU time). On the 4 unseen
+objects, 6 inputs and 4 targets at 128^2: PSNR 18.8 dB, nearest input view 17.2 dB, white picture 12.2 dB.
 """
 
 from dataclasses import replace
@@ -21,8 +23,8 @@ def get_config() -> Experiment:
         base,
         name="real_objects",
         data=DataConfig(source, occupancy_grid=base.data.occupancy_grid),
-        proposal=replace(base.proposal, views=6, inputs=(6,)),
-        reconstruction=replace(base.reconstruction, views=8, inputs=(6,)),
+        proposal=replace(base.proposal, steps=220, views=6, inputs=(6,)),
+        reconstruction=replace(base.reconstruction, steps=400, views=8, inputs=(6,)),
         evaluation=replace(base.evaluation, inputs=6, render_size=128),
         render_size=128,
     )
