@@ -69,7 +69,7 @@ def test_impossible_choices_are_named():
         choose_inputs(Protocol(), np.arange(len(rig.intrinsics)), rig)
     with pytest.raises(ValueError, match="8 views asked for, 6 are left"):
         choose_inputs(Protocol(targets=(1, 5), inputs=8), np.arange(len(rig.intrinsics)), rig)
-    with pytest.raises(ValueError, match="multiple of 28, got 512"):
+    with pytest.raises(ValueError, match="multiple of 28 on both sides, got 512"):
         Protocol(input_size=512)
     with pytest.raises(ValueError, match="none twice"):
         Protocol(targets=(1, 1))
