@@ -173,7 +173,9 @@ def drawn_inputs(choices: tuple[int, ...], seed: int, step: int) -> int:
 def warm_started(state: State, other: Mapping[str, Any] | None, shardings: Any) -> State:
     """`state` with the networks that `other` holds in place of fresh ones."""
     for item in ("params", "batch_stats") if other else ():
-        placed = {name: jax.device_put(tree, shardings[item][name]) for name, tree in other[item].items()}
+        placed = {
+            name: jax.device_put(tree, shardings[item][name], may_alias=False) for name, tree in other[item].items()
+        }
         state[item] = {**state[item], **placed}
     return state
 
