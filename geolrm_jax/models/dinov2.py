@@ -57,8 +57,8 @@ class ViTBlock(nnx.Module):
         self.query, self.key, self.value, self.out = (_vit_linear(width, width, rngs, precision) for _ in range(4))
         self.fc1 = _vit_linear(width, config.mlp_ratio * width, rngs, precision)
         self.fc2 = _vit_linear(config.mlp_ratio * width, width, rngs, precision)
-        self.scale1 = nnx.Param(jnp.full(width, config.layer_scale))
-        self.scale2 = nnx.Param(jnp.full(width, config.layer_scale))
+        self.scale1 = nnx.Param(jnp.full(width, config.layer_scale, jnp.float32))
+        self.scale2 = nnx.Param(jnp.full(width, config.layer_scale, jnp.float32))
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         y = self.norm1(x)
