@@ -60,4 +60,4 @@ def test_no_plain_fork(tmp_path):
     jnp.ones(3).block_until_ready()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        write_video(tmp_path / "a.mp4", np.zeros((2, 16, 16, 3), np.uint8))
+        assert write_video(tmp_path / "a.mp4", np.zeros((2, 16, 16, 3), np.uint8)) == 2
