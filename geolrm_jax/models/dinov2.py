@@ -1,6 +1,7 @@
 """DINOv2's vision transformer (Oquab et al. 2023): patch tokens of an image of any size that is a multiple of 14."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -15,7 +16,7 @@ from geolrm_jax.models.layers import linear, scan_blocks, stack
 from geolrm_jax.precision import Precision, full
 
 PATCH = 14
-PositionRule = Literal["scale_factor", "size"]
+PositionRule = Literal["scale_factor", "size", "size_antialiased"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,11 @@ class ViTConfig:
     mlp_ratio: int = 4
     pretrained_grid: int = 37
     """Side, in patches, of the image that the position embedding was made for."""
+    registers: int = 0
+    """Tokens between class token and patches, without a position (Darcet et al. 2024); the published models have 4."""
     position_rule: PositionRule = "scale_factor"
-    """How positions are interpolated: by (h + 0.1) / grid as DINOv2's own code does, or to the size."""
+    """How positions are interpolated: by the factor (h + 0.1) / grid, as DINOv2's own code and the released GeoLRM do;
+    to the size, as newer ports do; to the size with antialiasing, as models with registers were made."""
     layer_scale: float = 1.0
     """Initial value of LayerScale."""
     remat: bool = True
@@ -38,6 +42,16 @@ class ViTConfig:
     def make(self, rngs: nnx.Rngs, precision: Precision) -> "ViT":
         """The module, with fresh parameters."""
         return ViT(self, rngs=rngs, precision=precision)
+
+
+def vit(size: Literal["small", "base", "large"], *, registers: int = 0) -> ViTConfig:
+    """ViT-S/14, ViT-B/14 or ViT-L/14 as published, with the position rule its weights were trained for.
+
+    The published models with registers have 4.
+    """
+    width, depth, heads = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}[size]
+    rule = "size_antialiased" if registers else "scale_factor"
+    return ViTConfig(width=width, depth=depth, heads=heads, registers=registers, position_rule=rule)
 
 
 def _vit_linear(inputs: int, outputs: int, rngs: nnx.Rngs, precision: Precision) -> nnx.Linear:
@@ -69,7 +83,7 @@ class ViTBlock(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """Patch embedding, class token, interpolated positions, blocks, final LayerNorm."""
+    """Patch embedding, class token, interpolated positions, registers, blocks, final LayerNorm."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, precision: Precision):
         width = config.width
@@ -88,19 +102,26 @@ class ViT(nnx.Module):
         )
         self.class_token = nnx.Param(normal(rngs.params(), (width,)))
         self.positions = nnx.Param(normal(rngs.params(), (1 + config.pretrained_grid**2, width)))
+        # Stands for hidden patches in DINOv2's own training only: kept so that a checkpoint comes back whole.
+        self.mask_token = nnx.Param(jnp.zeros(width))
+        if config.registers:
+            self.registers = nnx.Param(1e-6 * jax.random.normal(rngs.params(), (config.registers, width)))
         self.blocks = stack(lambda rngs: ViTBlock(config, rngs=rngs, precision=precision), config.depth, rngs)
         self.norm = nnx.LayerNorm(width, epsilon=1e-6, dtype=precision.wide, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h14 w14 d"]:
-        """Patch tokens of normalised images, as a map; the class token takes part but is not returned."""
+        """Patch tokens of normalised images, as a map; class token and registers take part but are not returned."""
         x = full(self.patches(images))
         rows, columns = x.shape[1:3]
-        x = rearrange(x, "b r c d -> b (r c) d")
-        first = jnp.broadcast_to(self.class_token[...], (x.shape[0], 1, x.shape[-1]))
+        positions = interpolate_positions(self.positions[...], rows, columns, self.config.position_rule)
+        x = rearrange(x, "b r c d -> b (r c) d") + positions[1:]
+        first = self.class_token[...] + positions[:1]
+        if self.config.registers:
+            first = jnp.concatenate([first, self.registers[...]])
+        first = jnp.broadcast_to(first, (x.shape[0], *first.shape))
         x = jnp.concatenate([first, x], axis=1)
-        x = x + interpolate_positions(self.positions[...], rows, columns, self.config.position_rule)
         x = self.norm(scan_blocks(self.blocks, x, remat=self.config.remat))
-        return rearrange(x[:, 1:], "b (r c) d -> b r c d", r=rows)
+        return rearrange(x[:, first.shape[1] :], "b (r c) d -> b r c d", r=rows)
 
 
 def interpolate_positions(
@@ -108,26 +129,43 @@ def interpolate_positions(
 ) -> Float[Array, "m d"]:
     """Position embeddings (class token, then a square grid) for a `rows` x `columns` grid of patches.
 
-    torch's bicubic (a = -0.75, borders repeated, no antialiasing), which `jax.image.resize` does not offer. The
-    grid that the embedding was made for is returned unchanged.
+    torch's bicubic, which `jax.image.resize` does not offer. The grid that the embedding was made for is returned
+    unchanged.
     """
     grid = int((positions.shape[0] - 1) ** 0.5)
     if (rows, columns) == (grid, grid):
         return positions
     patches = positions[1:].reshape(grid, grid, -1)
-    patches = jnp.einsum("ri,cj,ijd->rcd", *(_bicubic(grid, n, rule) for n in (rows, columns)), patches)
+    along = _antialiased if rule == "size_antialiased" else functools.partial(_bicubic, rule=rule)
+    patches = jnp.einsum("ri,cj,ijd->rcd", along(grid, rows), along(grid, columns), patches, precision="highest")
     return jnp.concatenate([positions[:1], patches.reshape(rows * columns, -1)])
 
 
-def _bicubic(source: int, target: int, rule: PositionRule) -> np.ndarray:
-    """The (target, source) matrix of torch's bicubic interpolation along one axis."""
+def _bicubic(source: int, target: int, *, rule: PositionRule) -> np.ndarray:
+    """The (target, source) matrix of torch's bicubic interpolation along one axis: borders are repeated."""
     step = source / (target + 0.1) if rule == "scale_factor" else source / target
     x = (np.arange(target) + 0.5) * step - 0.5
     taps = np.floor(x).astype(int)[:, None] + np.arange(-1, 3)
-    distance, a = np.abs(x[:, None] - taps), -0.75
-    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
-    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
     matrix = np.zeros((target, source), np.float32)
     rows = np.broadcast_to(np.arange(target)[:, None], taps.shape)
-    np.add.at(matrix, (rows, taps.clip(0, source - 1)), np.where(distance <= 1, near, far))
+    np.add.at(matrix, (rows, taps.clip(0, source - 1)), _cubic(np.abs(x[:, None] - taps), a=-0.75))
     return matrix
+
+
+def _antialiased(source: int, target: int) -> np.ndarray:
+    """The (target, source) matrix of torch's antialiased bicubic interpolation along one axis.
+
+    Keys' cubic with a = -0.5, widened by the step where the grid shrinks; what falls outside is left out and the rest
+    normalised.
+    """
+    step = source / target
+    x = (np.arange(target) + 0.5) * step - 0.5
+    weights = _cubic(np.abs(x[:, None] - np.arange(source)) / max(step, 1.0), a=-0.5)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
+    """Keys' (1981) cubic convolution kernel with slope `a` at distance 1; zero from 2 on."""
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    return np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
