@@ -111,7 +111,7 @@ def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path) -
         open_split(data, "train"),
         batch=stage.batch // processes,
         views=stage.views,
-        inputs=max(stage.inputs),
+        inputs=stage.candidates,
         input_size=(experiment.input_size,) * 2,
         render_size=(experiment.render_size,) * 2,
         seed=experiment.seed,

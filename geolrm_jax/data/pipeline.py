@@ -26,6 +26,7 @@ from geolrm_jax.geometry.cameras import resize
 from geolrm_jax.scene import Batch, Cameras, Views
 
 __all__ = [
+    "RING_VIEWS",
     "DataConfig",
     "Encoding",
     "FolderSource",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 ViewRule = Literal["paper", "released"]
+RING_VIEWS = 4  # of the released rule
 _RING = 24
 
 
@@ -86,9 +88,8 @@ def open_split(directory: Path | str, split: str) -> RecordSource:
 def choose_views(view_ids: np.ndarray, views: int, rule: ViewRule, rng: np.random.Generator, origin: str) -> list[int]:
     """Numbers of the views of one training example; the first ones are its inputs.
 
-    "paper": `views` of the record's views, drawn without replacement. "released": four views 90 degrees apart on the
-    ring 0..23 from a random start and random others; one of the four comes first, the rest in random order, so that
-    any leading number of them holds at least one of the four.
+    "paper": `views` of the record's views, drawn without replacement. "released": first four views 90 degrees apart on
+    the ring 0..23 from a random start, then random others.
 
     Raises:
       ValueError: naming `origin`, if the record has too few views.
@@ -100,10 +101,9 @@ def choose_views(view_ids: np.ndarray, views: int, rule: ViewRule, rng: np.rando
     if rule == "paper":
         return shuffled[:views]
     start = int(rng.integers(_RING))
-    ring = [(start + step) % _RING for step in (0, 6, 12, 18)]
+    ring = [(start + step * _RING // RING_VIEWS) % _RING for step in range(RING_VIEWS)]
     find_rows(view_ids, ring, origin)
-    rest = [*ring[1:], *[view for view in shuffled if view not in ring][: max(views - 4, 0)]]
-    return [ring[0], *(rest[i] for i in rng.permutation(len(rest)))][:views]
+    return [*ring, *(view for view in shuffled if view not in ring)][:views]
 
 
 def _resize_channels(image: Float32[np.ndarray, "h w c"], height: int, width: int) -> Float32[np.ndarray, "h2 w2 c"]:

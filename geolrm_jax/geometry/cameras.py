@@ -3,11 +3,16 @@
 OpenCV axes everywhere (x right, y down, z forward); other conventions are turned at the door by `from_opengl`.
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from geolrm_jax.scene import Cameras
+
+RayLength = Literal["unit", "depth"]
+RayIntrinsics = Literal["camera", "centred"]
 
 
 def camera_from_world(cameras: Cameras) -> Float[Array, "*batch 4 4"]:
@@ -38,9 +43,23 @@ def rays(cameras: Cameras) -> tuple[Float[Array, "*batch 3"], Float[Array, "*bat
     return origins, directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
 
 
-def plucker(cameras: Cameras) -> Float[Array, "*batch h w 6"]:
-    """Plücker coordinates (d, o x d) of the pixel rays, with unit d."""
+def plucker(
+    cameras: Cameras, length: RayLength = "unit", intrinsics: RayIntrinsics = "camera"
+) -> Float[Array, "*batch h w 6"]:
+    """Plücker coordinates (d, o x d) of the pixel rays.
+
+    Args:
+      cameras: of the pixels.
+      length: d has unit length, or unit camera z (released).
+      intrinsics: the camera's own, or fx for both axes and the principal point at the centre (released).
+    """
+    if intrinsics == "centred":
+        focal = jnp.asarray(cameras.intrinsics)[..., 0, 0, None, None] * jnp.diag(jnp.array([1.0, 1.0, 0.0]))
+        center = jnp.array([[0.0, 0.0, 0.5 * cameras.width], [0.0, 0.0, 0.5 * cameras.height], [0.0, 0.0, 1.0]])
+        cameras = Cameras(cameras.world_from_camera, focal + center, cameras.height, cameras.width)
     origins, directions = rays(cameras)
+    if length == "depth":
+        directions = _pixel_directions(cameras)
     moments = jnp.cross(origins[..., None, None, :], directions)
     return jnp.concatenate([directions, moments], axis=-1)
 
@@ -55,13 +74,13 @@ def project(
       points: (..., N, 3), one set for all V views of a scene.
 
     Returns:
-      Pixels (..., V, N, 2) as x, y, and camera z (..., V, N). Where z is not positive the pixel position is finite
-      but has no meaning: callers mask by z > 0.
+      Pixels (..., V, N, 2) as x, y, and camera z (..., V, N). Where z is not positive the pixel position is finite,
+      the projection through the camera's centre: callers mask by z > 0.
     """
     pose = camera_from_world(cameras)
     local = jnp.einsum("...vij,...nj->...vni", pose[..., :3, :3], points, precision="highest") + pose[..., None, :3, 3]
     z = local[..., 2]
-    xy = local[..., :2] / jnp.where(z > 1e-6, z, 1.0)[..., None]
+    xy = local[..., :2] / jnp.where(jnp.abs(z) > 1e-6, z, 1.0)[..., None]
     k = jnp.asarray(cameras.intrinsics)[..., None, :, :]
     pixels = jnp.stack([k[..., 0, 0] * xy[..., 0] + k[..., 0, 2], k[..., 1, 1] * xy[..., 1] + k[..., 1, 2]], axis=-1)
     return pixels, z

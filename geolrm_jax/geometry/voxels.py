@@ -6,14 +6,33 @@ Voxel i of G along an axis sits at i / (G - 1) - 0.5: the first and last voxels 
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 Rounding = Literal["voxel", "released"]
 
 
+def axis_positions(grid: int) -> np.ndarray:
+    """Positions (G,) along one axis, float32, rounded as torch.linspace(-1, 1, G) / 2 rounds them on a CPU.
+
+    The last bit matters to nothing but the released rule of `released_indices`.
+    """
+    i, step = np.arange(grid), np.float64(np.float32(2.0) / np.float32(grid - 1))
+    ends = np.where(i < grid // 2, step * i - 1.0, 1.0 - step * (grid - 1 - i))
+    return 0.5 * ends.astype(np.float32)
+
+
 def voxel_positions(voxels: Int[Array, "*batch 3"], grid: int) -> Float[Array, "*batch 3"]:
     """World positions of integer voxel indices on a `grid`^3 lattice."""
-    return voxels.astype(jnp.float32) / (grid - 1) - 0.5
+    return jnp.asarray(axis_positions(grid))[voxels]
+
+
+def released_indices(positions: Float[Array, "*batch 3"], grid: int, scale: float) -> Int[Array, "*batch 3"]:
+    """floor((p / scale + 1)(G - 1) / 2) in float32, the paper's code's rule for the index that RoPE turns by.
+
+    With scale 0.5 this is the voxel's index, but for about one voxel in six (of 128) that float32 puts one below.
+    """
+    return jnp.floor((positions.astype(jnp.float32) / scale + 1.0) * ((grid - 1) / 2.0)).astype(jnp.int32)
 
 
 def grid_indices(grid: int) -> Int[Array, "n 3"]:

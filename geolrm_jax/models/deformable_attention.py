@@ -1,5 +1,7 @@
 """Deformable cross-attention from anchors to the feature maps of all views (paper, Eq. 5; Zhu et al. 2021)."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,9 @@ from geolrm_jax.models.layers import linear
 from geolrm_jax.precision import Precision, full
 from geolrm_jax.scene import Anchors, Views, pytree
 from kernels_pallas.deformable_attention import multiview_deformable_attention
+
+ViewMask = Literal["visible", "none"]
+Projection = Literal["camera", "mirrored"]
 
 
 @pytree
@@ -29,11 +34,31 @@ class Features:
     view_valid: Bool[Array, "b v n"]
 
 
-def look(maps: tuple[Array, ...], views: Views, anchors: Anchors) -> Features:
-    """Joins feature maps with the anchors' projections, which are the same for all layers."""
+def look(
+    maps: tuple[Array, ...],
+    views: Views,
+    anchors: Anchors,
+    view_mask: ViewMask = "visible",
+    projection: Projection = "camera",
+) -> Features:
+    """Joins feature maps with the anchors' projections, which are the same for all layers.
+
+    Args:
+      maps: one per level.
+      views: whose cameras project.
+      anchors: what is projected.
+      view_mask: a view counts where it exists and the anchor is in front of it, or always (released).
+      projection: by the camera, or with the principal point's x mirrored (released: x is flipped about the middle of
+        the image after a projection along Blender's axes, which is the same where the principal point is centred).
+    """
     pixels, z = project(views.cameras, anchors.positions)
     size = jnp.array([views.cameras.width, views.cameras.height], pixels.dtype)
-    return Features(maps, pixels / size, (z > 0) & views.valid[..., None])
+    points = pixels / size
+    if projection == "mirrored":
+        off_center = jnp.asarray(views.cameras.intrinsics)[..., 0, 2] / views.cameras.width - 0.5
+        points = points.at[..., 0].add(-2.0 * off_center[..., None])
+    visible = (z > 0) & views.valid[..., None]
+    return Features(maps, points, jnp.ones_like(visible) if view_mask == "none" else visible)
 
 
 def masked_softmax(logits: Float[Array, "*batch"], mask: Bool[Array, "*batch"], axis: int) -> Float[Array, "*batch"]:
@@ -61,28 +86,52 @@ class DeformableCrossAttention(nnx.Module):
         self, width: int, heads: int, channels: int, levels: int, points: int, *, rngs: nnx.Rngs, precision: Precision
     ):
         self.heads, self.levels, self.points = heads, levels, points
-        zeros, xavier = jax.nn.initializers.zeros, jax.nn.initializers.xavier_uniform()
-        ring = ring_offsets(heads, levels, points)
-        samples = heads * levels * points
         # Sampling coordinates and the weights of samples and views are never below float32.
         wide = Precision(str(precision.wide))
-        self.offsets = linear(
-            width, 2 * samples, kernel_init=zeros, bias_init=lambda *_, **__: jnp.array(ring), rngs=rngs, precision=wide
-        )
-        self.logits = linear(width, samples, kernel_init=zeros, bias_init=zeros, rngs=rngs, precision=wide)
+        self.make_sampling(width, rngs, wide)
+        zeros, xavier = jax.nn.initializers.zeros, jax.nn.initializers.xavier_uniform()
         self.value = linear(channels, width, kernel_init=xavier, bias_init=zeros, rngs=rngs, precision=precision)
         self.view_logit = linear(width, 1, rngs=rngs, precision=wide)
         self.out = linear(width, width, kernel_init=xavier, bias_init=zeros, rngs=rngs, precision=precision)
 
-    def __call__(self, x: Float[Array, "b n d"], anchors: Anchors, features: Features) -> Float[Array, "b n d"]:
+    def make_sampling(self, width: int, rngs: nnx.Rngs, precision: Precision) -> None:
+        """The layers that say where to look and how much each sample counts."""
+        zeros, ring = jax.nn.initializers.zeros, ring_offsets(self.heads, self.levels, self.points)
+        samples, parts = self.heads * self.levels * self.points, dict(rngs=rngs, precision=precision)
+        self.offsets = linear(
+            width, 2 * samples, kernel_init=zeros, bias_init=lambda *_, **__: jnp.array(ring), **parts
+        )
+        self.logits = linear(width, samples, kernel_init=zeros, bias_init=zeros, **parts)
+
+    def samples(self, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n k l p 2"], Float[Array, "b n k l p"]]:
+        """Offsets in cells of each level's map, and the samples' logits."""
         shape = (*x.shape[:2], self.heads, self.levels, self.points)
+        return self.offsets(x).reshape(*shape, 2), self.logits(x).reshape(shape)
+
+    def __call__(self, x: Float[Array, "b n d"], anchors: Anchors, features: Features) -> Float[Array, "b n d"]:
+        offsets, logits = self.samples(x)
         sampled = multiview_deformable_attention(
             tuple(rearrange(self.value(m), "b v h w (k c) -> b v h w k c", k=self.heads) for m in features.maps),
             features.reference_points,
-            self.offsets(x).reshape(*shape, 2),
-            self.logits(x).reshape(shape),
+            offsets,
+            logits,
             features.view_valid,
         )
         sampled = rearrange(sampled, "b v n k c -> b v n (k c)")
         weights = masked_softmax(full(self.view_logit(sampled)), features.view_valid[..., None], axis=1)
         return self.out(jnp.sum(full(sampled) * weights, axis=1))
+
+
+class ProjectedCrossAttention(DeformableCrossAttention):
+    """Every level is read at the anchor's projection alone: the ablation without sampling points."""
+
+    def __init__(self, width: int, heads: int, channels: int, levels: int, *, rngs: nnx.Rngs, precision: Precision):
+        super().__init__(width, heads, channels, levels, 1, rngs=rngs, precision=precision)
+
+    def make_sampling(self, width: int, rngs: nnx.Rngs, precision: Precision) -> None:
+        """Nothing is learned of where to look."""
+
+    def samples(self, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n k l p 2"], Float[Array, "b n k l p"]]:
+        """No offset, the same weight for every level."""
+        logits = jnp.zeros((*x.shape[:2], self.heads, self.levels, 1), full(x).dtype)
+        return jnp.zeros((*logits.shape, 2), logits.dtype), logits

@@ -1,6 +1,7 @@
 """From anchor tokens to 3D Gaussians (paper, Sec. 3.4)."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,9 @@ class GaussianDecoderConfig:
 
     gaussians_per_anchor: int = 32
     offset_max: float = 0.2
-    """A Gaussian lies at its anchor plus sigmoid(.) * offset_max on each axis: one-sided, as in the paper."""
+    """Farthest that a Gaussian lies from its anchor on each axis."""
+    offset: Literal["one_sided", "symmetric"] = "one_sided"
+    """sigmoid(.) * offset_max (paper and released), or (2 sigmoid(.) - 1) * offset_max."""
     scale_max: float = 0.02
     """Largest standard deviation."""
 
@@ -48,10 +51,14 @@ class GaussianDecoder(nnx.Module):
         offset, opacity, scale, rotation, color = jnp.split(raw, [3, 4, 7, 11], axis=-1)
         centers = jnp.repeat(anchors.positions, per_anchor, axis=1)
         return Gaussians(
-            means=centers + jax.nn.sigmoid(offset) * self.config.offset_max,
+            means=centers + self.share(jax.nn.sigmoid(offset)) * self.config.offset_max,
             scales=jax.nn.sigmoid(scale) * self.config.scale_max,
             quats=normalize(rotation),
             opacities=jax.nn.sigmoid(opacity[..., 0]),
             colors=jnp.clip(color, -0.5, 0.5) + 0.5,
             mask=jnp.repeat(anchors.mask, per_anchor, axis=1),
         )
+
+    def share(self, sigmoid: Float[Array, "b g 3"]) -> Float[Array, "b g 3"]:
+        """Share of offset_max, in [0, 1] or [-1, 1]."""
+        return 2.0 * sigmoid - 1.0 if self.config.offset == "symmetric" else sigmoid

@@ -1,15 +1,16 @@
 """The image encoder (paper, Sec. 3.2): DINOv2 features and a convolution over colours and Plücker rays."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from geolrm_jax.geometry.cameras import plucker
+from geolrm_jax.geometry.cameras import RayIntrinsics, RayLength, plucker
 from geolrm_jax.models.dinov2 import PATCH, ViTConfig
 from geolrm_jax.models.layers import BatchNorm, torch_default
 from geolrm_jax.precision import Precision
@@ -26,6 +27,18 @@ class ImageEncoderConfig:
     vit: ViTConfig = ViTConfig()
     channels: int = 384
     """Channels of both levels."""
+    levels: tuple[Literal["low", "high"], ...] = ("low", "high")
+    """Feature levels, in this order; the ablations leave one out."""
+    plucker: bool = True
+    """The low level sees the rays beside the colours."""
+    ray_length: RayLength = "unit"
+    """Rays of unit length, or of unit camera z (released)."""
+    ray_intrinsics: RayIntrinsics = "camera"
+    """Rays of the camera, or of one with fx on both axes and a centred principal point (released)."""
+
+    def __post_init__(self):
+        if self.levels not in (("low", "high"), ("low",), ("high",)):
+            raise ValueError(f"levels must be ('low', 'high'), ('low',) or ('high',), got {self.levels}")
 
     def make(self, rngs: nnx.Rngs, precision: Precision) -> "ImageEncoder":
         """The module, with fresh parameters."""
@@ -35,38 +48,28 @@ class ImageEncoderConfig:
 class ImageEncoder(nnx.Module):
     """Posed images in, one map per level out: low (H/4, W/4) and high (H/7, W/7), in this order."""
 
-    levels = 2
-
     def __init__(self, config: ImageEncoderConfig, *, rngs: nnx.Rngs, precision: Precision):
-        self.channels = config.channels
-        self.vit = config.vit.make(rngs, precision)
-        self.upsample = nnx.ConvTranspose(
-            config.vit.width,
-            config.channels,
-            (4, 4),
-            (2, 2),
-            padding="SAME",
-            use_bias=False,
-            # torch takes the fan-in of a transposed convolution from its output channels.
-            kernel_init=jax.nn.initializers.variance_scaling(1.0 / 3.0, "fan_out", "uniform"),
-            dtype=precision.dtype,
-            precision=precision.products,
-            rngs=rngs,
-        )
-        self.low = nnx.Conv(
-            9,
-            config.channels,
-            (4, 4),
-            (4, 4),
-            padding="VALID",
-            use_bias=False,
-            kernel_init=torch_default,
-            dtype=precision.dtype,
-            precision=precision.products,
-            rngs=rngs,
-        )
-        self.high_norm = BatchNorm(config.channels, rngs=rngs)
-        self.low_norm = BatchNorm(config.channels, rngs=rngs)
+        self.config = config
+        common = dict(use_bias=False, dtype=precision.dtype, precision=precision.products, rngs=rngs)
+        if "high" in config.levels:
+            self.vit = config.vit.make(rngs, precision)
+            self.upsample = nnx.ConvTranspose(
+                config.vit.width,
+                config.channels,
+                (4, 4),
+                (2, 2),
+                padding="SAME",
+                # torch takes the fan-in of a transposed convolution from its output channels.
+                kernel_init=jax.nn.initializers.variance_scaling(1.0 / 3.0, "fan_out", "uniform"),
+                **common,
+            )
+            self.high_norm = BatchNorm(config.channels, rngs=rngs)
+        if "low" in config.levels:
+            inputs = 9 if config.plucker else 3
+            self.low = nnx.Conv(
+                inputs, config.channels, (4, 4), (4, 4), padding="VALID", kernel_init=torch_default, **common
+            )
+            self.low_norm = BatchNorm(config.channels, rngs=rngs)
 
     def __call__(self, views: Views, *, train: bool = False) -> tuple[Float[Array, "b v _h_l _w_l c"], ...]:
         """Feature maps of (B, V) views composited on white; `train` uses and updates batch statistics.
@@ -77,12 +80,25 @@ class ImageEncoder(nnx.Module):
         check_input_size(views.cameras.height, views.cameras.width)
         scenes = views.rgb.shape[0]
         images = (views.over(1.0) - _MEAN) / _STD
-        flat = rearrange(images, "b v h w c -> (b v) h w c")
         valid = rearrange(views.valid, "b v -> (b v)")
-        low = jnp.concatenate([images, plucker(views.cameras)], axis=-1)
-        low = self.low_norm(self.low(rearrange(low, "b v h w c -> (b v) h w c")), valid, train=train)
-        high = self.high_norm(self.upsample(self.vit(flat)), valid, train=train)
-        return tuple(rearrange(m, "(b v) h w c -> b v h w c", b=scenes) for m in (low, high))
+        maps = tuple(getattr(self, f"{level}_level")(images, views, valid, train) for level in self.config.levels)
+        return tuple(rearrange(m, "(b v) h w c -> b v h w c", b=scenes) for m in maps)
+
+    def low_level(
+        self, images: Float[Array, "b v h w 3"], views: Views, valid: Bool[Array, "n"], train: bool
+    ) -> Float[Array, "n _h4 _w4 c"]:
+        """A convolution over colours and rays."""
+        if self.config.plucker:
+            rays = plucker(views.cameras, self.config.ray_length, self.config.ray_intrinsics)
+            images = jnp.concatenate([images, rays], axis=-1)
+        return self.low_norm(self.low(rearrange(images, "b v h w c -> (b v) h w c")), valid, train=train)
+
+    def high_level(
+        self, images: Float[Array, "b v h w 3"], views: Views, valid: Bool[Array, "n"], train: bool
+    ) -> Float[Array, "n _h7 _w7 c"]:
+        """DINOv2's patch tokens, twice as dense."""
+        tokens = self.vit(rearrange(images, "b v h w c -> (b v) h w c"))
+        return self.high_norm(self.upsample(tokens), valid, train=train)
 
 
 def check_input_size(height: int, width: int) -> None:

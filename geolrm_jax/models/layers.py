@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from geolrm_jax.precision import Precision, full
 
@@ -62,6 +62,7 @@ class BatchNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels))
         self.mean = nnx.BatchStat(jnp.zeros(channels))
         self.var = nnx.BatchStat(jnp.ones(channels))
+        self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))  # training-mode calls so far
 
     def __call__(
         self, x: Float[Array, "*batch h w c"], valid: Bool[Array, "*batch"], *, train: bool
@@ -75,6 +76,7 @@ class BatchNorm(nnx.Module):
             var = (weight * (x - mean) ** 2).sum(axes) / count
             self.mean[...] = 0.9 * self.mean[...] + 0.1 * mean
             self.var[...] = 0.9 * self.var[...] + 0.1 * var * count / jnp.maximum(count - 1.0, 1.0)
+            self.count[...] = self.count[...] + 1
         else:
             mean, var = self.mean[...], self.var[...]
         return (x - mean) * (self.scale[...] * jax.lax.rsqrt(var + 1e-5)) + self.bias[...]
@@ -93,12 +95,21 @@ class SwiGLU(nnx.Module):
         return self.w2(jax.nn.silu(self.w1(x)) * self.w3(x))
 
 
+def dropout(x: Float[Array, "*any"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*any"]:
+    """Zeroes a share `rate` of the elements and scales the rest to keep the mean; without a key `x` as it is."""
+    if key is None or not rate:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)
+
+
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """`depth` modules of the same kind whose parameters carry a leading layer axis."""
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(depth))
 
 
-def scan_blocks(blocks: nnx.Module, x: Float[Array, "..."], *context: Any, remat: bool) -> Float[Array, "..."]:
+def scan_blocks(
+    blocks: nnx.Module, x: Float[Array, "..."], *context: Any, remat: bool, keys: Key[Array, "depth"] | None = None
+) -> Float[Array, "..."]:
     """Applies stacked blocks one after the other: one compiled body, any depth.
 
     Args:
@@ -106,9 +117,11 @@ def scan_blocks(blocks: nnx.Module, x: Float[Array, "..."], *context: Any, remat
       x: the residual stream.
       *context: what every block gets besides `x`.
       remat: recompute a block's activations in the backward pass instead of keeping them.
+      keys: one for each block, its last argument; None for blocks that take none.
     """
 
-    def body(x, block):
-        return block(x, *context), None
+    def body(x, block_and_key):
+        block, key = block_and_key
+        return block(x, *context) if key is None else block(x, *context, key), None
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, blocks)[0]
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (blocks, keys))[0]

@@ -1,6 +1,7 @@
 """The proposal network (paper, Sec. 3.1): which voxels hold a surface, and the anchors drawn from them."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from geolrm_jax.models.image_encoder import ImageEncoderConfig
 from geolrm_jax.models.layers import linear
 from geolrm_jax.precision import Precision
 from geolrm_jax.scene import Anchors, Views
+
+Padding = Literal["masked", "origin"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +43,23 @@ class ProposalNetwork(nnx.Module):
             raise ValueError(f"fine_grid {config.fine_grid} must be a multiple of coarse_grid {config.coarse_grid}")
         self.config = config
         self.encoder = config.encoder.make(rngs, precision)
-        self.transformer = config.transformer.make(config.encoder.channels, self.encoder.levels, rngs, precision)
+        self.transformer = config.transformer.make(config.encoder.channels, len(config.encoder.levels), rngs, precision)
         block = (config.fine_grid // config.coarse_grid) ** 3
         self.upsample = linear(config.transformer.width, block, rngs=rngs, precision=precision)
 
-    def __call__(self, views: Views, *, train: bool = False) -> Float[Array, "b g g g"]:
-        """Occupancy logits of the fine grid, C order over (x, y, z)."""
+    def __call__(
+        self, views: Views, *, train: bool = False, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b g g g"]:
+        """Occupancy logits of the fine grid, C order over (x, y, z).
+
+        Args:
+          views: (B, V) at the input size.
+          train: use and update batch statistics.
+          key: turns dropout on.
+        """
         coarse, sub = self.config.coarse_grid, self.config.fine_grid // self.config.coarse_grid
         anchors = dense_anchors(coarse, self.config.fine_grid, views.rgb.shape[0])
-        tokens = self.transformer(anchors, views, self.encoder(views, train=train))
+        tokens = self.transformer(anchors, views, self.encoder(views, train=train), key)
         logits = self.upsample(tokens).astype(tokens.dtype)
         return rearrange(logits, "b (x y z) (i j k) -> b (x i) (y j) (z k)", x=coarse, y=coarse, i=sub, j=sub)
 
@@ -62,7 +73,9 @@ def dense_anchors(coarse: int, fine: int, scenes: int) -> Anchors:
     return Anchors(*batch, mask=jnp.ones((scenes, coarse**3), bool))
 
 
-def select_anchors(logits: Float[Array, "b g g g"], count: int, key: Key[Array, ""]) -> Anchors:
+def select_anchors(
+    logits: Float[Array, "b g g g"], count: int, key: Key[Array, ""], padding: Padding = "masked"
+) -> Anchors:
     """Anchors at the voxels whose logit is positive.
 
     Args:
@@ -70,9 +83,10 @@ def select_anchors(logits: Float[Array, "b g g g"], count: int, key: Key[Array, 
       count: static number of anchors; fewer occupied voxels are padded with a mask, of more a uniform random
         subset is kept.
       key: of the subset.
+      padding: masked, or anchors at the origin like any other (released).
 
     Returns:
-      Valid anchors first, in C order of their voxels; padding sits at voxel 0.
+      Valid anchors first, in C order of their voxels; masked padding sits at voxel 0.
     """
     grid = logits.shape[-1]
     flat = logits.reshape(logits.shape[0], -1)
@@ -83,4 +97,8 @@ def select_anchors(logits: Float[Array, "b g g g"], count: int, key: Key[Array, 
     chosen = jnp.pad(chosen, ((0, 0), (0, count - chosen.shape[-1])), constant_values=cells)
     mask = chosen < cells
     voxels = jnp.stack(jnp.unravel_index(jnp.where(mask, chosen, 0), (grid, grid, grid)), axis=-1).astype(jnp.int32)
-    return Anchors(voxel_positions(voxels, grid), voxels, mask)
+    positions = voxel_positions(voxels, grid)
+    if padding == "origin":
+        voxels = jnp.where(mask[..., None], voxels, (grid - 1) // 2)
+        return Anchors(jnp.where(mask[..., None], positions, 0.0), voxels, jnp.ones_like(mask))
+    return Anchors(positions, voxels, mask)

@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from geolrm_jax.data.pipeline import ViewRule
+from geolrm_jax.data.pipeline import RING_VIEWS, ViewRule
 from geolrm_jax.inference import abstract_model
 from geolrm_jax.models.geolrm import GeoLRMConfig
 from geolrm_jax.precision import Precision
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checkpoint import CheckpointConfig, Checkpoints, abstract_with_sharding
 from geolrm_jax.runtime.sharding import MeshConfig, batch_sharding, put_batch, shard_tree
+from geolrm_jax.scene import Batch
 from geolrm_jax.training.objectives import Objective
 from geolrm_jax.training.optimizer import OptimizerConfig
 from geolrm_jax.training.step import INIT, State, init_state, make_train_step
@@ -41,7 +42,9 @@ class StageConfig:
     inputs: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7)
     """Numbers of input views; each step draws one, and each is a compiled program of its own."""
     view_rule: ViewRule = "paper"
-    """How views are drawn: at random, or four of them 90 degrees apart (released)."""
+    """How views are drawn: at random, or four of them 90 degrees apart and others at random (released)."""
+    other_inputs: tuple[int, ...] = (0,)
+    """With the released rule `inputs` are numbers of the four, and these numbers of the others; each is drawn."""
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ema_decay: float = 0.0
@@ -60,12 +63,21 @@ class StageConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch % self.accumulation:
             raise ValueError(f"batch {self.batch} must be a multiple of accumulation {self.accumulation}")
-        if not self.inputs or min(self.inputs) < 1 or max(self.inputs) > self.views:
-            raise ValueError(f"inputs {self.inputs} must lie between 1 and views {self.views}")
+        first = RING_VIEWS if self.view_rule == "released" else self.views
+        if not self.inputs or min(self.inputs) < 1 or max(self.inputs) > first:
+            raise ValueError(f"inputs {self.inputs} must lie between 1 and {first}")
+        others = self.views - first
+        if not self.other_inputs or min(self.other_inputs) < 0 or max(self.other_inputs) > others:
+            raise ValueError(f"other_inputs {self.other_inputs} must lie between 0 and {others}")
         if self.checkpoint.every % self.log_every:
             raise ValueError(
                 f"checkpoint.every {self.checkpoint.every} must be a multiple of log_every {self.log_every}"
             )
+
+    @property
+    def candidates(self) -> int:
+        """Leading views of an example that may become inputs."""
+        return max(self.inputs) if self.view_rule == "paper" else RING_VIEWS + max(self.other_inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +106,7 @@ class Prepared:
     """Shapes with the shardings they have on the mesh."""
     init: Callable[[], State]
     build: Callable[[Objective], Callable]
-    """step(state, constants, batch, inputs) for an objective."""
+    """step(state, constants, batch) for an objective."""
     constants: Any
     batch_sharding: NamedSharding
 
@@ -154,20 +166,28 @@ def train(trainer: Trainer) -> None:
             start = time.perf_counter()
             batch = next(trainer.data)
             waited = time.perf_counter() - start
-            inputs = drawn_inputs(stage.inputs, trainer.seed, done - 1)
+            inputs = drawn_inputs(stage, trainer.seed, done - 1)
+            batch = with_inputs(batch, inputs)
             with jax.transfer_guard("disallow"):
                 batch = put_batch(batch, prepared.batch_sharding)
-                state, metrics = monitor.step(state, prepared.constants, batch, inputs)
+                state, metrics = monitor.step(state, prepared.constants, batch)
             save = done % stage.checkpoint.every == 0 or done == stage.steps
-            monitor.add(done, metrics, inputs, waited, flush=save)
+            monitor.add(done, metrics, len(inputs), waited, flush=save)
             if save:
                 checkpoints.save(done, state, trainer.data, monitor.since_save())
     checkpoints.close()
 
 
-def drawn_inputs(choices: tuple[int, ...], seed: int, step: int) -> int:
-    """The number of input views of a step: the same on every process, and after every restart."""
-    return choices[int(np.random.default_rng((seed, step)).integers(len(choices)))]
+def drawn_inputs(stage: StageConfig, seed: int, step: int) -> tuple[int, ...]:
+    """Which of an example's views are a step's inputs: the same on every process, and after every restart."""
+    rng = np.random.default_rng((seed, step))
+    first, others = (choices[int(rng.integers(len(choices)))] for choices in (stage.inputs, stage.other_inputs))
+    return (*range(first), *range(RING_VIEWS, RING_VIEWS + others))
+
+
+def with_inputs(batch: Batch, views: tuple[int, ...]) -> Batch:
+    """The batch (NumPy leaves) with only these of its input views."""
+    return dataclasses.replace(batch, inputs=jax.tree.map(lambda x: x[:, list(views)], batch.inputs))
 
 
 def warm_started(state: State, other: Mapping[str, Any] | None, shardings: Any) -> State:
@@ -207,12 +227,13 @@ class Monitor:
         self.since_line, self.since_checkpoint = defaultdict(list), defaultdict(list)
         self.line_started = time.perf_counter()
 
-    def step(self, state, constants, batch, inputs: int):
+    def step(self, state, constants, batch: Batch):
         """Dispatches one step; says so before the first of each number of inputs, which compiles."""
+        inputs = batch.inputs.valid.shape[1]
         if inputs not in self.seen:
             self.seen.add(inputs)
             logging.notice(f"{self.name}: compiling the step for {inputs} input views")
-        return self.compiled(state, constants, batch, inputs=inputs)
+        return self.compiled(state, constants, batch)
 
     def add(self, done: int, metrics: Mapping[str, jax.Array], inputs: int, waited: float, *, flush: bool) -> None:
         """Takes the metrics of a dispatched step; writes a line where one is due."""

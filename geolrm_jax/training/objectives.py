@@ -10,17 +10,17 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from geolrm_jax.losses.depth import DepthMean, edge_aware_log_l1, total_variation
 from geolrm_jax.losses.lpips import Lpips, load_lpips
 from geolrm_jax.losses.occupancy import Counting, affinity, cross_entropy
 from geolrm_jax.losses.photometric import alpha_mse, image_mse, mean_over_views
-from geolrm_jax.models.geolrm import GeoLRM, GeoLRMConfig
+from geolrm_jax.models.geolrm import GeoLRM, GeoLRMConfig, ProposalMode
 from geolrm_jax.precision import Precision
 from geolrm_jax.rendering import rasterize
 from geolrm_jax.runtime import logging
-from geolrm_jax.scene import Batch
+from geolrm_jax.scene import Batch, Views
 
 Losses = Mapping[str, Array]
 Metrics = Mapping[str, Array]
@@ -59,6 +59,8 @@ class ProposalObjective(Objective):
     """Weight of the scene-class affinity."""
     counting: Counting = "scene"
     """Soft counts of the affinity per scene (ours) or over the batch (released)."""
+    metric_logit: float = 0.0
+    """Voxels above it count as occupied in the metrics; the released code's stands at 0.5."""
 
     trains: ClassVar = ("proposal",)
 
@@ -67,13 +69,13 @@ class ProposalObjective(Objective):
         return dataclasses.replace(model, reconstruction=None)
 
     def losses(self, model: GeoLRM, constants: None, batch: Batch, key: Key[Array, ""]) -> tuple[Losses, Metrics]:
-        """Cross-entropy and affinity; metrics at logit 0."""
-        logits = model.proposal(batch.inputs, train=True)
+        """Cross-entropy and affinity; metrics at `metric_logit`."""
+        logits = model.proposal(batch.inputs, train=True, key=key)
         losses = {
             "cross_entropy": self.cross_entropy * cross_entropy(logits, batch.occupancy),
             "affinity": self.affinity * affinity(logits, batch.occupancy, self.counting),
         }
-        predicted = logits > 0
+        predicted = logits > self.metric_logit
         hits = jnp.sum(predicted & batch.occupancy)
         metrics = {
             "precision": hits / jnp.maximum(predicted.sum(), 1),
@@ -103,6 +105,14 @@ class ReconstructionObjective(Objective):
     """The depth loss is divided by the pixels with measured depth (released) or by all (paper)."""
     rendered_depth: Literal["accumulated", "expected"] = "accumulated"
     """Depth that is compared: the sum of weight times z (released), or that divided by alpha."""
+    depth_pixels: Literal["measured", "covered"] = "measured"
+    """The depth loss counts pixels with measured depth, or with alpha (released: missing depth pulls to zero)."""
+    background: Literal["scene", "batch"] = "scene"
+    """A random background for every scene, or one for the whole batch (released)."""
+    compositing: Literal["once", "twice"] = "once"
+    """Targets are laid over the background once, or the result once more with the same alpha (released)."""
+    proposal_mode: ProposalMode = "evaluation"
+    """The frozen proposal's batch statistics and dropout: as in evaluation, or as in training (released)."""
     max_anchors: int = 4096
     """Anchors per object; of more occupied voxels a random subset is used."""
     pairs_per_gaussian: float = 4.0
@@ -118,22 +128,26 @@ class ReconstructionObjective(Objective):
         return None
 
     def losses(self, model: GeoLRM, constants: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Losses, Metrics]:
-        """Losses over all target views, each scene over a random background of its own."""
-        anchor_key, background_key = jax.random.split(key)
-        anchors, occupied = model.propose(batch.inputs, max_anchors=self.max_anchors, key=anchor_key)
-        gaussians = model.reconstruction(anchors, batch.inputs, train=True)
+        """Losses over all target views, over a random background."""
+        anchor_key, background_key, dropout_key = jax.random.split(key, 3)
+        anchors, occupied = model.propose(
+            batch.inputs, max_anchors=self.max_anchors, key=anchor_key, mode=self.proposal_mode
+        )
+        gaussians = model.reconstruction(anchors, batch.inputs, train=True, key=dropout_key)
 
         targets = batch.targets
-        background = jax.random.uniform(background_key, (targets.rgb.shape[0], 1, 3))
-        pictures = targets.over(background[:, :, None, None])
-        views = targets.valid.size
-        capacity = int(self.pairs_per_gaussian * gaussians.means.shape[1] * views)
-        background = jnp.broadcast_to(background, (*targets.valid.shape, 3))
+        background = self.draw_background(targets, background_key)
+        pictures = self.composite(targets, background[..., None, None, :])
         rendered = rasterize(
-            gaussians, targets.cameras, background=background, depth=self.rendered_depth, capacity=capacity
+            gaussians,
+            targets.cameras,
+            background=background,
+            depth=self.rendered_depth,
+            capacity=int(self.pairs_per_gaussian * gaussians.means.shape[1] * targets.valid.size),
         )
 
-        measured = (targets.depth > 0) & targets.valid[..., None, None]
+        counted = targets.depth > 0 if self.depth_pixels == "measured" else targets.alpha > 0
+        measured = counted & targets.valid[..., None, None]
         losses = {
             "image": self.image * image_mse(rendered.rgb, pictures, targets.valid),
             "alpha": self.alpha * alpha_mse(rendered.alpha, targets.alpha, targets.valid),
@@ -152,6 +166,19 @@ class ReconstructionObjective(Objective):
             "invalid_gaussians": rendered.invalid,
         }
         return losses, metrics
+
+    def draw_background(self, targets: Views, key: Key[Array, ""]) -> Float[Array, "b v 3"]:
+        """Uniform colours, the same in all views of a scene."""
+        scenes, views = targets.valid.shape
+        drawn = jax.random.uniform(key, (scenes if self.background == "scene" else 1, 1, 3))
+        return jnp.broadcast_to(drawn, (scenes, views, 3))
+
+    def composite(self, targets: Views, background: Float[Array, "b v 1 1 3"]) -> Float[Array, "b v h w 3"]:
+        """The pictures that renders are compared with."""
+        pictures = targets.over(background)
+        if self.compositing == "twice":
+            pictures = dataclasses.replace(targets, rgb=pictures * targets.alpha[..., None]).over(background)
+        return pictures
 
     def grown(self) -> "ReconstructionObjective":
         """Twice the pairs."""

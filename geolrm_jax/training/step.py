@@ -1,6 +1,5 @@
-"""State and step: pure functions on nested dicts, compiled once per number of inputs."""
+"""State and step: pure functions on nested dicts, compiled once per number of input views."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -38,12 +37,11 @@ def init_state(make: Callable[[nnx.Rngs], nnx.Module], objective: Objective, opt
 def make_train_step(
     graphdef, objective: Objective, optimizer, schedule, *, seed, accumulation=1, ema_decay=0.0, shardings=None
 ):
-    """Returns step(state, constants, batch, inputs) -> (state, metrics), compiled, with `state` donated.
+    """Returns step(state, constants, batch) -> (state, metrics), compiled, with `state` donated.
 
-    `inputs`, static, is the number of input views that the networks get. The batch is worked through in `accumulation`
-    parts whose gradients are averaged; part i has rows i, i + accumulation, ...: some of every device. A step whose
-    loss or gradient is not finite leaves everything but the step count as it was and is counted in `skipped`.
-    `shardings` are those of the state, kept from step to step.
+    The batch is worked through in `accumulation` parts whose gradients are averaged; part i has rows i,
+    i + accumulation, ...: some of every device. A step whose loss or gradient is not finite leaves everything but the
+    step count as it was and is counted in `skipped`. `shardings` are those of the state, kept from step to step.
     """
 
     def gradients(trained, frozen, stats, constants, batch: Batch, key: Key[Array, ""]):
@@ -56,9 +54,8 @@ def make_train_step(
 
         return jax.grad(total, has_aux=True)(trained)
 
-    def step(state: State, constants, batch: Batch, inputs: int) -> tuple[State, Metrics]:
+    def step(state: State, constants, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEP), state["step"])
-        batch = dataclasses.replace(batch, inputs=jax.tree.map(lambda x: x[:, :inputs], batch.inputs))
         trained = {name: state["params"][name] for name in objective.trains}
         frozen = {name: tree for name, tree in state["params"].items() if name not in trained}
 
@@ -81,7 +78,7 @@ def make_train_step(
         metrics |= {"gradient_norm": norm, "learning_rate": schedule(state["step"]), "skipped": ~usable}
         return {**state, **kept, "step": state["step"] + 1}, metrics
 
-    return jax.jit(step, static_argnames="inputs", donate_argnames="state", out_shardings=(shardings, None))
+    return jax.jit(step, donate_argnames="state", out_shardings=(shardings, None))
 
 
 def mean_of_scan(body, carry, parts):

@@ -33,7 +33,8 @@ kernel = state["params"]["proposal"]["transformer"]["blocks"]["mlp"]["w1"]["kern
 shard = kernel.addressable_shards[0].data.shape
 losses, norms = [], []
 for _ in range(3):
-    state, metrics = step(state, prepared.constants, put_batch(next(trainer.data), prepared.batch_sharding), inputs=2)
+    batch = loop.with_inputs(next(trainer.data), (0, 1))
+    state, metrics = step(state, prepared.constants, put_batch(batch, prepared.batch_sharding))
     losses.append(float(metrics["loss"])); norms.append(float(metrics["gradient_norm"]))
 result = {"programs": step._cache_size(), "devices": jax.device_count(), "shard": shard, "whole": kernel.shape}
 result |= {"losses": losses, "norms": norms}

@@ -3,12 +3,14 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from geolrm_jax.config import load_config
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.logging import read_metrics
-from geolrm_jax.training.loop import DOUBLINGS, Monitor, drawn_inputs
+from geolrm_jax.scene import Batch, Cameras, Views
+from geolrm_jax.training.loop import DOUBLINGS, Monitor, drawn_inputs, with_inputs
 
 
 @pytest.fixture
@@ -61,7 +63,26 @@ def test_capacity_doubles_once_for_steps_in_flight_and_is_remembered(stage, tmp_
         resumed.add(2, metrics(1.0, overflow=1), 2, 0.0, flush=True)
 
 
-def test_drawn_inputs_cover_the_choices_and_repeat():
-    drawn = [drawn_inputs((1, 4, 7), 3, step) for step in range(300)]
-    assert drawn == [drawn_inputs((1, 4, 7), 3, step) for step in range(300)]
-    assert all(70 < drawn.count(choice) < 130 for choice in (1, 4, 7))
+def test_drawn_inputs_cover_the_choices_and_repeat(stage):
+    paper = dataclasses.replace(stage, views=8, inputs=(1, 4, 7))
+    drawn = [drawn_inputs(paper, 3, step) for step in range(300)]
+    assert drawn == [drawn_inputs(paper, 3, step) for step in range(300)]
+    assert set(drawn) == {tuple(range(n)) for n in (1, 4, 7)}
+    assert min(drawn.count(choice) for choice in set(drawn)) > 70
+
+    released = dataclasses.replace(paper, view_rule="released", inputs=(1, 2, 3, 4), other_inputs=(0, 1, 2, 3))
+    drawn = [drawn_inputs(released, 3, step) for step in range(600)]
+    ring, others = ([0, 1, 2, 3], [4, 5, 6])
+    assert set(drawn) == {(*ring[:n], *others[:m]) for n in (1, 2, 3, 4) for m in range(4)}
+    assert released.candidates == 7
+    with pytest.raises(ValueError, match="other_inputs"):
+        dataclasses.replace(paper, other_inputs=(1,))
+
+
+def test_only_the_drawn_inputs_are_taken(stage):
+    cameras = Cameras(np.zeros((2, 5, 4, 4), np.float32), np.zeros((2, 5, 3, 3), np.float32), 1, 1)
+    numbers = np.broadcast_to(np.arange(5, dtype=np.float32)[:, None, None], (2, 5, 1, 1))
+    views = Views(cameras, np.repeat(numbers[..., None], 3, -1), numbers, numbers, np.ones((2, 5), bool))
+    batch = with_inputs(Batch(views, views, np.zeros((2, 1, 1, 1), bool), np.zeros(2, np.int32)), (0, 1, 4))
+    np.testing.assert_array_equal(batch.inputs.depth[:, :, 0, 0], [[0, 1, 4]] * 2)
+    assert batch.inputs.cameras.intrinsics.shape == (2, 3, 3, 3) and batch.targets.valid.shape == (2, 5)

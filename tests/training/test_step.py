@@ -72,7 +72,7 @@ def changed(before, after):
 def test_reconstruction_trains_its_own_network_only(experiment, rng):
     step, state = make(experiment, "reconstruction")
     before = copy(state)
-    state, metrics = step(state, None, make_batch(rng), inputs=2)
+    state, metrics = step(state, None, make_batch(rng))
     assert not changed(before["params"]["proposal"], state["params"]["proposal"])
     assert not changed(before["batch_stats"]["proposal"], state["batch_stats"]["proposal"])
     assert changed(before["batch_stats"]["reconstruction"], state["batch_stats"]["reconstruction"])
@@ -100,25 +100,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(experiment, rn
     poisoned = dataclasses.replace(
         batch, inputs=dataclasses.replace(batch.inputs, rgb=batch.inputs.rgb.at[0, 0, 0, 0].set(jnp.nan))
     )
-    state, metrics = step(state, None, poisoned, inputs=2)
+    state, metrics = step(state, None, poisoned)
     assert metrics["skipped"] == 1
     assert changed(before, state) == {"['step']"}
-    state, metrics = step(state, None, batch, inputs=2)
+    state, metrics = step(state, None, batch)
     assert metrics["skipped"] == 0 and np.isfinite(metrics["loss"])
-
-
-def test_only_the_drawn_number_of_inputs_is_seen(experiment, rng):
-    step, state = make(experiment, "proposal")
-    saved = copy(state)
-    batch = make_batch(rng)
-    garbage = dataclasses.replace(
-        batch, inputs=dataclasses.replace(batch.inputs, rgb=batch.inputs.rgb.at[:, 2].set(9.0))
-    )
-    _, metrics = step(state, None, batch, inputs=2)
-    _, same = step(jax.tree.map(jnp.array, saved), None, garbage, inputs=2)
-    assert metrics["loss"] == same["loss"]
-    _, other = step(jax.tree.map(jnp.array, saved), None, garbage, inputs=3)
-    assert metrics["loss"] != other["loss"]
 
 
 def test_accumulated_gradients_are_the_mean_of_the_parts(experiment, rng):
@@ -126,12 +112,12 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(experiment, rng):
     batch = make_batch(rng, scenes=4)
     whole, state = make(experiment, "proposal", accumulation=2, optimizer=plain)
     saved = copy(state)
-    summed, _ = whole(state, None, batch, inputs=2)
+    summed, _ = whole(state, None, batch)
 
     part, _ = make(experiment, "proposal", optimizer=plain)
     moves = []
     for half in (slice(0, None, 2), slice(1, None, 2)):
-        after, _ = part(jax.tree.map(jnp.array, saved), None, jax.tree.map(lambda x: x[half], batch), inputs=2)  # noqa: B023
+        after, _ = part(jax.tree.map(jnp.array, saved), None, jax.tree.map(lambda x: x[half], batch))  # noqa: B023
         moves.append(jax.tree.map(lambda a, b: np.asarray(a) - b, after["params"], saved["params"]))
     expected = jax.tree.map(lambda p, a, b: p + 0.5 * (a + b), saved["params"], *moves)
     jax.tree.map(lambda e, o: np.testing.assert_allclose(o, e, rtol=1e-4, atol=1e-5), expected, summed["params"])
@@ -142,9 +128,9 @@ def test_the_directional_derivative_is_the_gradients(experiment, rng):
     step, state = make(experiment, "proposal", optimizer=optax.sgd(1e-4))
     saved = copy(state)
     batch = make_batch(rng)
-    after, metrics = step(state, None, batch, inputs=2)
+    after, metrics = step(state, None, batch)
     moved = {**jax.tree.map(jnp.array, saved), "params": after["params"]}
-    _, later = step(moved, None, batch, inputs=2)
+    _, later = step(moved, None, batch)
     fall = float(metrics["loss"]) - float(later["loss"])
     np.testing.assert_allclose(fall, 1e-4 * float(metrics["gradient_norm"]) ** 2, rtol=0.05)
 
