@@ -108,7 +108,44 @@ def infer(arguments: Arguments, program: str) -> None:
     recipe.infer(known.workdir, known.views, known.out, inputs=inputs, step=known.step, size=known.size)
 
 
-COMMANDS = {"train": train, "eval": evaluate, "infer": infer}
+@clear_errors
+def info(arguments: Arguments, program: str) -> None:
+    """parameters per part and FLOPs of a config, without building the model"""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Counts a config's parameters and FLOPs from shapes alone: nothing is allocated or compiled.",
+        epilog=f"Fields of the config can be overridden; `{program} --config NAME --help` lists them.",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="NAME|FILE", help="a config of the project, or a file")
+    parser.add_argument("--views", default="1,4,8", type=_numbers, metavar="N,N", help="input views (1,4,8)")
+    parser.add_argument("--anchors", default="4096,16384", type=_numbers, metavar="N,N", help="anchors (4096,16384)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    if not any(a.startswith("--config") for a in arguments) and {"-h", "--help"} & set(arguments):
+        parser.print_help()
+        return
+    known, overrides = parser.parse_known_args(arguments)
+
+    from geolrm_jax import config
+    from geolrm_jax import info as roof
+
+    experiment = config.apply_overrides(config.load_config(known.config), overrides, program=program)
+    described = roof.describe(experiment, views=known.views, anchors=known.anchors)
+    roof.show(described)
+    if known.json:
+        roof.write(described, known.json)
+
+
+def _numbers(text: str) -> list[int]:
+    """Numbers with commas between them."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
+
+
+COMMANDS = {"train": train, "eval": evaluate, "infer": infer, "info": info}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -140,7 +140,9 @@ def _while(equation: JaxprEqn) -> Cost:
     params = equation.params
     body = _walk(_open(params["body_jaxpr"])) + _walk(_open(params["cond_jaxpr"]))
     rounds = _rounds(equation)
-    return body * rounds if rounds is not None else body + Cost(unknown=(f"while loop ({_place(equation)})",))
+    if rounds is not None or body == Cost():  # however often nothing is done
+        return body * (rounds or 1)
+    return body + Cost(unknown=(f"while loop ({_place(equation)})",))
 
 
 def _cond(equation: JaxprEqn) -> Cost:
