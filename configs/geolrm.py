@@ -1,15 +1,17 @@
-"""The default model of the specification at full size, both stages, on GObjaverse.
+"""The default model of the specification at full size, both stages one after the other, on GObjaverse.
 
-  geolrm train --config geolrm --data.source.root /data/gobjaverse
+  geolrm train --config geolrm --data.source.root /data/gobjaverse --data.source.test ID ID … \
+      --dinov2-weights dinov2_vitb14.safetensors --reconstruction.objective.lpips-weights lpips_vgg16.safetensors
 
-The paper trained each stage for 12 epochs of 280k objects on 32 A100: 0.5 and 2 days. Not yet run at this size by us.
+The values are the paper's: 12 epochs of 280k objects, global batches of 32 GPUs x 2 (proposal) and x 1
+(reconstruction), accumulated 8 times. Steps are optimizer steps. The paper took 0.5 and 2 days on 32 A100 40G; not yet
+run at this size by us.
 """
 
 from geolrm_jax.config import Experiment
 from geolrm_jax.data.pipeline import DataConfig, FolderSource
 from geolrm_jax.evaluation.protocol import Protocol
 from geolrm_jax.models.geolrm import GeoLRMConfig
-from geolrm_jax.precision import Precision
 from geolrm_jax.training.loop import StageConfig
 from geolrm_jax.training.objectives import ProposalObjective, ReconstructionObjective
 
@@ -18,7 +20,7 @@ TEST_OBJECTS = ("0/10005",)  # objects kept from training: replace by your list
 
 
 def get_config() -> Experiment:
-    """The paper's sizes and schedule: batches of 64 and 32 GPUs' worth of 1, accumulated 8 times."""
+    """Batches of 512 and 256 objects in 8 parts each."""
     proposal, reconstruction = 2 * 32 * 8, 1 * 32 * 8
     return Experiment(
         name="geolrm",
@@ -29,5 +31,4 @@ def get_config() -> Experiment:
             ReconstructionObjective(), steps=EPOCHS * OBJECTS // reconstruction, batch=reconstruction, accumulation=8
         ),
         evaluation=Protocol(),
-        precision=Precision("float32"),
     )

@@ -40,6 +40,10 @@ class Experiment:
     """Side of the images that the networks see, a multiple of 28."""
     render_size: int = 448
     """Side of the images that supervise."""
+    start_from: str | None = None
+    """Another run's work directory, or one of imported weights, whose latest networks take the place of fresh ones."""
+    dinov2_weights: str | None = None
+    """A DINOv2 file (Hugging Face safetensors, torch .pth) that the image encoders of fresh networks start from."""
     seed: int = 0
     precision: Precision = Precision()
     mesh: MeshConfig = MeshConfig()
@@ -48,8 +52,11 @@ class Experiment:
         check_input_size(self.input_size, self.input_size)
         if self.render_size < 16:
             raise ValueError(f"render_size must be at least 16, got {self.render_size}")
-        if self.reconstruction and not self.proposal:
-            raise ValueError("reconstruction trains on the anchors of a trained proposal: proposal must not be None")
+        if self.reconstruction and not (self.proposal or self.start_from):
+            raise ValueError(
+                "reconstruction trains on the anchors of a trained proposal: "
+                "proposal must not be None, or start_from must name a work directory that holds one"
+            )
         if self.model.proposal.fine_grid != self.data.occupancy_grid:
             raise ValueError(
                 f"model.proposal.fine_grid {self.model.proposal.fine_grid} and data.occupancy_grid "
@@ -59,6 +66,9 @@ class Experiment:
     def absolute(self) -> "Experiment":
         """The same with absolute paths, so that the work directory alone says where everything is."""
         data, reconstruction = self.data, self.reconstruction
+        files = {
+            name: os.path.abspath(path) for name in ("start_from", "dinov2_weights") if (path := getattr(self, name))
+        }
         if data.root:
             data = dataclasses.replace(data, root=os.path.abspath(data.root))
         if isinstance(data.source, FolderSource):
@@ -69,7 +79,7 @@ class Experiment:
         if weights:
             objective = dataclasses.replace(reconstruction.objective, lpips_weights=os.path.abspath(weights))
             reconstruction = dataclasses.replace(reconstruction, objective=objective)
-        return dataclasses.replace(self, data=data, reconstruction=reconstruction)
+        return dataclasses.replace(self, data=data, reconstruction=reconstruction, **files)
 
     @property
     def stages(self) -> dict[str, StageConfig]:
