@@ -64,7 +64,7 @@ def server(monkeypatch):
     """A running server; `site.add(path, …)` puts an address of it into the table under the name "x"."""
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     running.behaviour = Behaviour()
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
 
     def add(path="/file", sha256=DIGEST, size=SIZE):
         url = f"http://127.0.0.1:{running.server_port}{path}"
