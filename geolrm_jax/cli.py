@@ -145,7 +145,37 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
 
 
-COMMANDS = {"train": train, "eval": evaluate, "infer": infer, "info": info}
+@clear_errors
+def weights(arguments: Arguments, program: str) -> None:
+    """import the released checkpoint, export to its layout, fetch public files"""
+    parser = argparse.ArgumentParser(prog=program, description="Weights from elsewhere, in and out.")
+    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB")
+
+    job = jobs.add_parser("import", help="make a work directory of a released GeoLRM checkpoint", allow_abbrev=False)
+    job.add_argument("--from", dest="file", type=Path, required=True, help=".ckpt, .pth or .safetensors")
+    job.add_argument("--to", dest="workdir", type=Path, required=True, help="the work directory to make")
+    job.add_argument("--config", default="released", metavar="NAME|FILE", help="a config of that model (released)")
+    job.epilog = "Fields of the config can be overridden, as for `geolrm train`."
+
+    job = jobs.add_parser("export", help="write a model as safetensors in the released layout")
+    job.add_argument("--workdir", type=Path, required=True, help="what training or an import has written")
+    job.add_argument("--step", default="latest", metavar="N|latest|best", help="which checkpoint (latest)")
+    job.add_argument("--to", dest="file", type=Path, required=True, help="the .safetensors file to write")
+
+    known, overrides = parser.parse_known_args(arguments)
+    if overrides and known.job != "import":
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+
+    from geolrm_jax import config, recipe
+
+    if known.job == "import":
+        experiment = config.apply_overrides(config.load_config(known.config), overrides, program=f"{program} import")
+        recipe.import_weights(experiment, known.file, known.workdir)
+    else:
+        recipe.export_weights(known.workdir, known.file, step=known.step)
+
+
+COMMANDS = {"train": train, "eval": evaluate, "infer": infer, "info": info, "weights": weights}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,16 +6,17 @@ folder has its final name only when all of it is on disk.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import grain.checkpoint
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no batch counts and no mask token
 MODEL, OPTIMIZER = ("params", "batch_stats", "ema"), ("opt_state", "step")
 
 
@@ -77,7 +78,7 @@ class Checkpoints:
         if self.steps and saved.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"{self.directory}: checkpoints of format version {saved.get('format_version')}, "
-                f"this program reads {FORMAT_VERSION}"
+                f"this program reads {FORMAT_VERSION} and no other: use the program that wrote them"
             )
 
     def _metric(self, metrics: Mapping[str, float]) -> float:
@@ -145,6 +146,30 @@ class Checkpoints:
         model = self._restore(step, {"model": ocp.args.StandardRestore(wanted)})["model"]
         params = {**model["params"], **model.get("ema", {})}
         return {"params": params, "batch_stats": model["batch_stats"]}
+
+    def open_arrays(self, step: int) -> Callable[[str, str], np.ndarray]:
+        """Reads a saved model one array at a time: `read("params", "proposal.transformer.query")`.
+
+        As in `restore_model`, averaged parameters take the place of the raw where they exist.
+        """
+        averaged = self._saved_tree(step).get("ema", {})
+        checkpointer, folder = ocp.PyTreeCheckpointer(), self.directory / str(step) / "model"
+
+        def read(collection: str, path: str) -> np.ndarray:
+            keys = path.split(".")
+            keys.insert(0, "ema" if collection == "params" and keys[0] in averaged else collection)
+            item, as_numpy = 0, ocp.RestoreArgs(restore_type=np.ndarray)
+            for key in reversed(keys):
+                item, as_numpy = {key: item}, {key: as_numpy}
+            try:
+                found = checkpointer.restore(folder, item=item, restore_args=as_numpy, transforms={})
+            except (ValueError, KeyError, OSError) as error:
+                raise self._incomplete(step, error) from error
+            for key in keys:
+                found = found[key]
+            return found
+
+        return read
 
     def _saved_tree(self, step: int) -> Mapping[str, Any]:
         """The saved model's names, without its arrays."""

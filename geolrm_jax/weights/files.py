@@ -73,12 +73,14 @@ class TensorFile:
       path: of the file.
       shapes: by name, in the file's order.
       dtypes: of what `read` returns: float16 and bfloat16 are widened to float32, the rest is as stored.
+      widened: the names of those.
     """
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]):
         self.path = path
         self._entries = dict(entries)
         self.shapes = {name: entry.shape for name, entry in entries.items()}
+        self.widened = tuple(name for name, entry in entries.items() if entry.code in READ_AS)
         self.dtypes = {name: np.dtype(READ_AS.get(e.code, STORED[e.code])) for name, e in entries.items()}
 
     def read(self, name: str) -> np.ndarray:

@@ -163,8 +163,13 @@ def renamed(keys: Iterable[str], old_by_new: Mapping[str, str]) -> dict[str, str
     return found
 
 
+FULL_LIST = 50  # keys up to which each has a line of its own
+
+
 def check(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raises one ValueError that lists every key that is missing, unexpected or of another shape.
+
+    Of a long list, those that differ in the layer alone share a line.
 
     Args:
       leaves: what is wanted.
@@ -181,7 +186,8 @@ def check(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], where: 
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     lines = [
-        f"  {len(keys)} {what}:\n" + "\n".join(f"    {line}" for line in collapse(keys))
+        f"  {len(keys)} {what}:\n"
+        + "\n".join(f"    {line}" for line in (collapse(keys) if len(keys) > FULL_LIST else keys))
         for what, keys in problems.items()
         if keys
     ]

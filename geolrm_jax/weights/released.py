@@ -1,7 +1,11 @@
 """The released GeoLRM checkpoint: its names and layout, in and out."""
 
 import dataclasses
+import functools
+import itertools
+import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +13,9 @@ import numpy as np
 from geolrm_jax.inference import abstract_model
 from geolrm_jax.models.geolrm import GeoLRMConfig
 from geolrm_jax.precision import Precision
+from geolrm_jax.runtime.streamed import Streamed
 from geolrm_jax.weights.dinov2_names import OLD_BY_NEW, VIT
+from geolrm_jax.weights.files import write_tensors
 from geolrm_jax.weights.names import (
     BATCH_NORM,
     CONV,
@@ -91,13 +97,24 @@ class Plan:
         """Keys of the file that the model takes."""
         return sum(len(leaf.keys) for leaf in self.leaves)
 
+    def streamed(self, read: Read, written: Callable[[int], None]) -> dict[str, Any]:
+        """`params` and `batch_stats` for `save_streamed`; `written` is told how many arrays were loaded."""
+        counter = itertools.count(1)
+
+        def load(leaf: Leaf) -> np.ndarray:
+            array = self.load(leaf, read)
+            written(next(counter))
+            return array
+
+        return nest(self.leaves, lambda leaf: Streamed(leaf.shape, leaf.dtype, functools.partial(load, leaf)))
+
     def parts(self) -> dict[str, int]:
         """Parameters of each part, by its path."""
         counts: dict[str, int] = {}
         for leaf in self.leaves:
             if leaf.collection == "params":
                 part = ".".join(leaf.path.split(".")[:2])
-                counts[part] = counts.get(part, 0) + int(np.prod(leaf.shape))
+                counts[part] = counts.get(part, 0) + math.prod(leaf.shape)
         return counts
 
 
@@ -138,3 +155,25 @@ def convert(shapes: Mapping[str, tuple[int, ...]], read: Read, config: GeoLRMCon
     """
     planned = plan(shapes, config)
     return nest(planned.leaves, lambda leaf: planned.load(leaf, read))
+
+
+def export(path: Path | str, config: GeoLRMConfig, read: Callable[[str, str], np.ndarray]) -> int:
+    """Writes a model as safetensors with the released names, whole or not at all; returns the number of keys.
+
+    Args:
+      path: of the file.
+      config: of the model.
+      read: one of our arrays, by collection and path; it is asked once for each.
+
+    Raises:
+      ValueError: if the model has arrays that the released layout has no name for.
+    """
+    leaf_of = {key: leaf for leaf in released_leaves(config) for key in leaf.keys}
+    read_leaf = functools.lru_cache(maxsize=1)(lambda leaf: read(leaf.collection, leaf.path))
+    write_tensors(
+        path,
+        {key: leaf.there_shape for key, leaf in leaf_of.items()},
+        {key: np.dtype(np.int64) if leaf.dtype.kind == "i" else leaf.dtype for key, leaf in leaf_of.items()},
+        lambda key: leaf_of[key].store(read_leaf(leaf_of[key]), key),
+    )
+    return len(leaf_of)
