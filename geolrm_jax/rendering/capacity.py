@@ -13,7 +13,7 @@ class Renderer:
     """
 
     def __init__(self):
-        self.capacity = 0
+        self.capacity = 1  # the least there is: a scene may be empty
 
     def make_room(self, gaussians: Gaussians, cameras: Cameras) -> None:
         """Grows the capacity if these pairs do not fit."""

@@ -72,7 +72,7 @@ def load_dinov2(path: Path | str, config: ViTConfig) -> tuple[dict[str, Any], st
     ignored = [key for key in file.shapes if key.removeprefix(prefix).startswith(IGNORED)]
     if ignored:
         logging.notice(f"{path}: {len(ignored)} tensors of heads are ignored: {', '.join(ignored)}")
-    names = renamed((key for key in file.shapes if key not in ignored), OLD_BY_NEW)
+    names = renamed([key for key in file.shapes if key not in ignored], OLD_BY_NEW)
     shapes, read = _thirds({name: file.shapes[key] for name, key in names.items()}, lambda name: file.read(names[name]))
     leaves = match([(prefix + theirs, ours, kind) for theirs, ours, kind in rows], {"params": _abstract(config)})
     check(leaves, shapes, str(path))

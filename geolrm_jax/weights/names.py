@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,7 @@ def _tensors(there: str, here: str, kind: Kind) -> dict[str, tuple[str, Layout]]
     return {f"{there}.{tensor}": (f"{here}.{name}", layout) for tensor, (name, layout) in kind.items()}
 
 
-def renamed(keys: Iterable[str], old_by_new: Mapping[str, str]) -> dict[str, str]:
+def renamed(keys: Collection[str], old_by_new: Mapping[str, str]) -> dict[str, str]:
     """The name that a table has for each key: parts of names that changed later are turned back.
 
     Args:
@@ -152,14 +152,15 @@ def renamed(keys: Iterable[str], old_by_new: Mapping[str, str]) -> dict[str, str
       old_by_new: parts of names, with the points around them.
 
     Returns:
-      The file's key by the table's. Where a file has both names of one tensor, the second stays as it is.
+      The file's key by the table's. Where a file has both names of one tensor, the newer one stays as it is.
     """
+    there = set(keys)
     found: dict[str, str] = {}
     for key in keys:
         old = key
         for new_part, old_part in old_by_new.items():
             old = old.replace(new_part, old_part)
-        found[key if old in found else old] = key
+        found[key if old in there else old] = key
     return found
 
 

@@ -131,7 +131,7 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: GeoLRMConfig, *, where: 
     """
     leaves = tuple(released_leaves(config))
     ignored = tuple(key for key in shapes if key.startswith(IGNORED))
-    names = renamed((key for key in shapes if not key.startswith(IGNORED)), OLD_BY_NEW)
+    names = renamed([key for key in shapes if not key.startswith(IGNORED)], OLD_BY_NEW)
     check(leaves, {name: tuple(shapes[key]) for name, key in names.items()}, where)
     return Plan(leaves, names, ignored)
 
