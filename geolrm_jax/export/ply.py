@@ -1,10 +1,12 @@
 """Gaussians as the `.ply` of 3D Gaussian Splatting (Kerbl et al. 2023), which viewers open.
 
 One vertex a Gaussian, little-endian float32: `x y z`, `nx ny nz` (zero), `f_dc_0..2` (degree-0 spherical harmonics,
-(rgb - 0.5) / 0.282...), `opacity` (logit), `scale_0..2` (natural logarithm), `rot_0..3` (wxyz).
+(rgb - 0.5) / 0.282...), `opacity` (logit), `scale_0..2` (natural logarithm), `rot_0..3` (wxyz). The released GeoLRM's
+files have the same names but no normals, and hold activated values: RGB, opacity, scale.
 """
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import plyfile
@@ -15,6 +17,8 @@ from geolrm_jax.scene import Gaussians
 SH_DEGREE_0 = 0.28209479177387814  # 1 / (2 sqrt(pi)), the constant spherical harmonic
 OPACITY_MARGIN = 1e-7  # logits stay within about 16
 SMALLEST_SCALE = 1e-10
+RELEASED_OPACITY = 0.005
+Flavour = Literal["3dgs", "released"]
 FIELDS = {
     "means": ("x", "y", "z"),
     "normals": ("nx", "ny", "nz"),
@@ -25,13 +29,16 @@ FIELDS = {
 }
 
 
-def write_ply(path: Path | str, gaussians: Gaussians) -> int:
+def write_ply(path: Path | str, gaussians: Gaussians, flavour: Flavour = "3dgs") -> int:
     """Writes the Gaussians of one scene whose mask is True, and returns how many.
 
-    Opacities are held in [1e-7, 1 - 1e-7] and scales above 1e-10, so that every number in the file is finite.
+    "3dgs" is what viewers open: opacities are held in [1e-7, 1 - 1e-7] and scales above 1e-10, so that every number in
+    the file is finite. "released" is the flavour of the paper's code, which leaves out opacities below 0.005.
 
     Args:
+      path: of the file.
       gaussians: leaves without leading axes, RGB colours.
+      flavour: of the values.
 
     Raises:
       ValueError: if there are leading axes, the colours are not RGB, or a value is not finite.
@@ -42,6 +49,8 @@ def write_ply(path: Path | str, gaussians: Gaussians) -> int:
             f"got {tuple(gaussians.means.shape)} and {tuple(gaussians.colors.shape)}"
         )
     kept = np.asarray(gaussians.mask)
+    if flavour == "released":
+        kept = kept & (np.asarray(gaussians.opacities) >= RELEASED_OPACITY)
     values = {
         name: np.asarray(getattr(gaussians, name), dtype=np.float64)[kept]
         for name in ("means", "colors", "opacities", "scales", "quats")
@@ -49,16 +58,12 @@ def write_ply(path: Path | str, gaussians: Gaussians) -> int:
     for name, value in values.items():
         if not np.isfinite(value).all():
             raise ValueError(f"{path}: {np.sum(~np.isfinite(value))} values of {name} are not finite; nothing written")
-    opacities = np.clip(values["opacities"], OPACITY_MARGIN, 1 - OPACITY_MARGIN)[:, None]
-    stored = {
-        **values,
-        "normals": np.zeros_like(values["means"]),
-        "colors": (values["colors"] - 0.5) / SH_DEGREE_0,
-        "opacities": np.log(opacities) - np.log1p(-opacities),
-        "scales": np.log(np.maximum(values["scales"], SMALLEST_SCALE)),
-    }
-    vertices = np.empty(int(kept.sum()), dtype=[(name, "<f4") for names in FIELDS.values() for name in names])
-    for field, names in FIELDS.items():
+    stored = values | {"opacities": values["opacities"][:, None], "normals": np.zeros_like(values["means"])}
+    if flavour == "3dgs":
+        stored |= _deactivated(stored)
+    fields = {name: FIELDS[name] for name in FIELDS if (flavour, name) != ("released", "normals")}
+    vertices = np.empty(int(kept.sum()), dtype=[(name, "<f4") for names in fields.values() for name in names])
+    for field, names in fields.items():
         for column, name in enumerate(names):
             vertices[name] = stored[field][:, column]
     element = plyfile.PlyElement.describe(vertices, "vertex")
@@ -67,8 +72,22 @@ def write_ply(path: Path | str, gaussians: Gaussians) -> int:
     return len(vertices)
 
 
-def read_ply(path: Path | str) -> Gaussians:
-    """The Gaussians of a file in that layout, activated, float32, all valid.
+def _deactivated(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Harmonics, logits and logarithms of activated values."""
+    opacities = np.clip(values["opacities"], OPACITY_MARGIN, 1 - OPACITY_MARGIN)
+    return {
+        "colors": (values["colors"] - 0.5) / SH_DEGREE_0,
+        "opacities": np.log(opacities) - np.log1p(-opacities),
+        "scales": np.log(np.maximum(values["scales"], SMALLEST_SCALE)),
+    }
+
+
+def read_ply(path: Path | str, flavour: Flavour = "3dgs") -> Gaussians:
+    """The Gaussians of a file, activated, float32, all valid.
+
+    Args:
+      path: of the file.
+      flavour: as in `write_ply`; both have the same names of properties, so that a file does not tell.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -81,18 +100,18 @@ def read_ply(path: Path | str) -> Gaussians:
         raise ValueError(f"{path}: not a 3DGS file, the vertices lack {', '.join(missing)}")
     if any(vertices[name].any() for name in vertices.dtype.names if name.startswith("f_rest_")):
         raise ValueError(f"{path}: has view-dependent colours (f_rest_*), expected degree-0 spherical harmonics only")
-
-    def columns(field):
-        return np.stack([vertices[name].astype(np.float64) for name in FIELDS[field]], axis=-1)
-
-    return Gaussians(
-        means=columns("means").astype(np.float32),
-        scales=np.exp(columns("scales")).astype(np.float32),
-        quats=columns("quats").astype(np.float32),
-        opacities=(1 / (1 + np.exp(-columns("opacities")[:, 0]))).astype(np.float32),
-        colors=(columns("colors") * SH_DEGREE_0 + 0.5).astype(np.float32),
-        mask=np.ones(len(vertices), dtype=bool),
-    )
+    columns = {
+        field: np.stack([vertices[name].astype(np.float64) for name in names], axis=-1)
+        for field, names in FIELDS.items()
+        if field != "normals"
+    }
+    if flavour == "3dgs":
+        columns["opacities"] = 1 / (1 + np.exp(-columns["opacities"]))
+        columns["scales"] = np.exp(columns["scales"])
+        columns["colors"] = columns["colors"] * SH_DEGREE_0 + 0.5
+    columns["opacities"] = columns["opacities"][:, 0]
+    values = {field: column.astype(np.float32) for field, column in columns.items()}
+    return Gaussians(**values, mask=np.ones(len(vertices), dtype=bool))
 
 
 def _read_vertices(path: Path) -> np.ndarray:

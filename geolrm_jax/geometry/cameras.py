@@ -13,6 +13,8 @@ from geolrm_jax.scene import Cameras
 
 RayLength = Literal["unit", "depth"]
 RayIntrinsics = Literal["camera", "centred"]
+RigConvention = Literal["geolrm", "generator"]
+Zero123PlusVersion = Literal["1.1", "1.2"]
 
 
 def camera_from_world(cameras: Cameras) -> Float[Array, "*batch 4 4"]:
@@ -153,11 +155,39 @@ def gobjaverse_rig(*, size: int, radius: float = 1.9, fov: float = 39.6) -> Came
     return orbit(np.array(azimuths), np.array(elevations), radius, fov, size)
 
 
-def sv3d_rig(views: int = 21, *, size: int = 560, elevation: float = 10.0, radius: float = 1.5, fov: float = 39.6):
-    """`views` evenly spaced frames of SV3D_p's orbit, with the values that GeoLRM's scripts use."""
-    return turntable(views, size=size, elevation=elevation, radius=radius, fov=fov)
+def sv3d_rig(
+    views: int = 21, *, size: int = 560, elevation: float = 10.0, convention: RigConvention = "geolrm"
+) -> Cameras:
+    """`views` evenly spaced frames of SV3D_p's orbit.
+
+    "geolrm": the values of GeoLRM's scripts. "generator": the generator's own, from public threads and not checked by
+    running it: frame i one step further, so that the last is the input view, fov 33.8 degrees, radius 2.
+    """
+    if convention == "geolrm":
+        return turntable(views, size=size, elevation=elevation, radius=1.5, fov=39.6)
+    return orbit(np.arange(1, views + 1) * 360.0 / views, elevation, 2.0, 33.8, size)
 
 
-def zero123plus_rig(*, size: int = 448, radius: float = 1.5, fov: float = 30.0) -> Cameras:
-    """The six views of Zero123++ v1.2, with the values that GeoLRM's scripts use."""
-    return orbit(np.arange(30.0, 360.0, 60.0), np.array([20.0, -10.0] * 3), radius, fov, size)
+def zero123plus_rig(
+    views: int = 6, *, size: int = 448, version: Zero123PlusVersion = "1.2", convention: RigConvention = "geolrm"
+) -> Cameras:
+    """The views of Zero123++: azimuths 30, 90, … degrees, elevations that alternate.
+
+    Args:
+      views: all 6, or the 4 that GeoLRM's scripts use (0, 2, 4, 5).
+      size: of a view in pixels.
+      version: elevations 20, -10 and fov 30 degrees, or 30, -20 and about 49 (1.1).
+      convention: radius 1.5, as in GeoLRM's scripts, or the generator's own, where a sphere of radius 0.5 just fits
+        the field of view (from public threads, not checked by running it). GeoLRM's scripts have no version 1.1.
+
+    Raises:
+      ValueError: if there is no such rig.
+    """
+    chosen = {6: [0, 1, 2, 3, 4, 5], 4: [0, 2, 4, 5]}.get(views)
+    if chosen is None or (version, convention) == ("1.1", "geolrm"):
+        raise ValueError(
+            f"Zero123++ {version}, convention {convention!r}, has no rig of {views} views: expected 4 or 6"
+        )
+    elevations, fov = {"1.2": ((20.0, -10.0), 30.0), "1.1": ((30.0, -20.0), 49.0)}[version]
+    radius = 1.5 if convention == "geolrm" else 0.5 / np.tan(np.radians(0.5 * fov))
+    return orbit(np.arange(30.0, 360.0, 60.0)[chosen], np.array(elevations * 3)[chosen], radius, fov, size)
