@@ -109,6 +109,12 @@ class DeformableCrossAttention(nnx.Module):
         return self.offsets(x).reshape(*shape, 2), self.logits(x).reshape(shape)
 
     def __call__(self, x: Float[Array, "b n d"], anchors: Anchors, features: Features) -> Float[Array, "b n d"]:
+        sampled = self.sampled(x, features)
+        weights = masked_softmax(full(self.view_logit(sampled)), features.view_valid[..., None], axis=1)
+        return self.out(jnp.sum(full(sampled) * weights, axis=1))
+
+    def sampled(self, x: Float[Array, "b n d"], features: Features) -> Float[Array, "b v n d"]:
+        """What each token finds in each view."""
         offsets, logits = self.samples(x)
         sampled = multiview_deformable_attention(
             tuple(rearrange(self.value(m), "b v h w (k c) -> b v h w k c", k=self.heads) for m in features.maps),
@@ -117,9 +123,7 @@ class DeformableCrossAttention(nnx.Module):
             logits,
             features.view_valid,
         )
-        sampled = rearrange(sampled, "b v n k c -> b v n (k c)")
-        weights = masked_softmax(full(self.view_logit(sampled)), features.view_valid[..., None], axis=1)
-        return self.out(jnp.sum(full(sampled) * weights, axis=1))
+        return rearrange(sampled, "b v n k c -> b v n (k c)")
 
 
 class ProjectedCrossAttention(DeformableCrossAttention):

@@ -111,17 +111,18 @@ class ViT(nnx.Module):
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h14 w14 d"]:
         """Patch tokens of normalised images, as a map; class token and registers take part but are not returned."""
+        x = self.norm(scan_blocks(self.blocks, self.embed(images), remat=self.config.remat))
+        return rearrange(x[:, 1 + self.config.registers :], "b (r c) d -> b r c d", r=images.shape[1] // PATCH)
+
+    def embed(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        """Class token, registers and patches before the first block."""
         x = full(self.patches(images))
-        rows, columns = x.shape[1:3]
-        positions = interpolate_positions(self.positions[...], rows, columns, self.config.position_rule)
+        positions = interpolate_positions(self.positions[...], *x.shape[1:3], self.config.position_rule)
         x = rearrange(x, "b r c d -> b (r c) d") + positions[1:]
         first = self.class_token[...] + positions[:1]
         if self.config.registers:
             first = jnp.concatenate([first, self.registers[...]])
-        first = jnp.broadcast_to(first, (x.shape[0], *first.shape))
-        x = jnp.concatenate([first, x], axis=1)
-        x = self.norm(scan_blocks(self.blocks, x, remat=self.config.remat))
-        return rearrange(x[:, first.shape[1] :], "b (r c) d -> b r c d", r=rows)
+        return jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], *first.shape)), x], axis=1)
 
 
 def interpolate_positions(

@@ -1,5 +1,9 @@
 """The convolutions of VGG16 (Simonyan and Zisserman 2015, configuration D) with its five taps."""
 
+import functools
+from collections.abc import Sequence
+
+import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -13,14 +17,26 @@ Taps = tuple[Float[Array, "..."], ...]
 
 
 class VGG16(nnx.Module):
-    """Five blocks of 3x3 convolutions and ReLU, with 2x2 max pooling between them, in the compute dtype."""
+    """Five blocks of 3x3 convolutions and ReLU, with 2x2 max pooling between them, in the compute dtype.
+
+    For a gradient only the images and the five taps are kept; what lies between them is computed again.
+    """
 
     def __init__(self, *, rngs: nnx.Rngs, precision: Precision):
         inputs, blocks = 3, []
         for block in BLOCKS:
             convolutions = []
             for width in block:
-                convolutions.append(nnx.Conv(inputs, width, (3, 3), padding=1, dtype=precision.dtype, rngs=rngs))
+                convolution = nnx.Conv(
+                    inputs,
+                    width,
+                    (3, 3),
+                    padding=1,
+                    dtype=precision.dtype,
+                    precision=precision.products,
+                    rngs=rngs,
+                )
+                convolutions.append(convolution)
                 inputs = width
             blocks.append(nnx.List(convolutions))
         self.blocks = nnx.List(blocks)
@@ -40,11 +56,18 @@ class VGG16(nnx.Module):
         height, width = images.shape[-3:-1]
         if min(height, width) < SMALLEST_IMAGE:
             raise ValueError(f"VGG16 needs images of at least {SMALLEST_IMAGE} pixels a side, got {height}x{width}")
-        x, taps = images, []
-        for convolutions in self.blocks:
-            if taps:
-                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
-            for convolution in convolutions:
-                x = nnx.relu(convolution(x))
-            taps.append(x)
+        taps = []
+        for number, block in enumerate(self.blocks):
+            taps.append(_block(block, taps[-1] if taps else images, number > 0))
         return tuple(taps)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _block(
+    convolutions: Sequence[nnx.Conv], x: Float[Array, "*batch h w c"], pool: bool
+) -> Float[Array, "*batch h2 w2 d"]:
+    if pool:
+        x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+    for convolution in convolutions:
+        x = nnx.relu(convolution(x))
+    return x
