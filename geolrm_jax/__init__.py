@@ -8,7 +8,7 @@ import importlib
 __all__ = ["load_model", "reconstruct"]
 
 # Imported when first asked for: `import geolrm_jax.scene` does not pay for the whole program.
-_HOMES = {"load_model": "geolrm_jax.recipe", "reconstruct": "geolrm_jax.inference"}
+_HOMES = {"load_model": "geolrm_jax.starting", "reconstruct": "geolrm_jax.inference"}
 
 
 def __getattr__(name: str):

@@ -1,6 +1,7 @@
 """The roof: stages one after the other, evaluation, inference, each from a config or a work directory alone."""
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -25,17 +26,18 @@ from geolrm_jax.export.files import written_whole
 from geolrm_jax.export.ply import write_ply
 from geolrm_jax.export.video import write_video
 from geolrm_jax.geometry.cameras import turntable
-from geolrm_jax.inference import Model, abstract_model, reconstruct, restore_variables
-from geolrm_jax.losses.lpips import load_lpips
+from geolrm_jax.inference import reconstruct
 from geolrm_jax.models.geolrm import GeoLRMConfig
 from geolrm_jax.rendering import Renderer
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checkpoint import Checkpoints
 from geolrm_jax.runtime.streamed import save_streamed
 from geolrm_jax.scene import Gaussians, Views
+from geolrm_jax.starting import restore_model, start
 from geolrm_jax.training.loop import Trainer, train
 from geolrm_jax.weights import released
 from geolrm_jax.weights.files import open_tensors, sha256_of
+from geolrm_jax.weights.lpips import load_lpips
 
 PICTURED = 12  # objects with pictures in a report
 FRAMES = 48  # of a turntable
@@ -47,6 +49,8 @@ def run(experiment: Experiment, workdir: Path) -> None:
     logging.notice(f"{experiment.name}: {workdir} on {jax.device_count()} x {jax.devices()[0].device_kind}")
     experiment = experiment.absolute()
     check_workdir(experiment, workdir)
+    if (workdir / "weights.json").exists():
+        raise ValueError(f"{workdir} holds imported weights: choose another --workdir to train in")
     check_batches(experiment)
     data = build_shown(experiment.data, data_directory(experiment, workdir))
     check_protocol(experiment, data)
@@ -111,7 +115,7 @@ def data_directory(experiment: Experiment, workdir: Path) -> Path:
 
 
 def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path) -> Trainer:
-    """All that one stage's training needs; the reconstruction starts from the latest proposal."""
+    """All that one stage's training needs."""
     stage, processes = experiment.stages[name], jax.process_count()
     batches = training_dataset(
         open_split(data, "train"),
@@ -124,7 +128,6 @@ def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path) -
         shard=(jax.process_index(), processes),
         view_rule=stage.view_rule,
     )
-    on_a_proposal = name == "reconstruction" and experiment.proposal
     return Trainer(
         name=name,
         stage=stage,
@@ -134,41 +137,8 @@ def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path) -
         seed=experiment.seed,
         directory=workdir,
         data=iter(batches),
-        warm_start=restore_stage(experiment, "proposal", workdir, "latest")[0] if on_a_proposal else None,
+        start=functools.partial(start, experiment, name, workdir),
     )
-
-
-def restore_stage(experiment: Experiment, name: str, workdir: Path, step: str | int):
-    """`params` and `batch_stats` of a stage's checkpoint, the structure they fit, and the checkpoint's step."""
-    stage = experiment.stages[name]
-    graphdef, shapes = abstract_model(stage.objective.networks(experiment.model), experiment.precision)
-    checkpoints = Checkpoints(workdir / name / "checkpoints", stage.checkpoint, write=False)
-    number = checkpoints.resolve(step)
-    variables = restore_variables(checkpoints, number, shapes)
-    checkpoints.close()
-    return variables, graphdef, number
-
-
-def load_model(workdir: Path | str, step: str | int = "latest") -> Model:
-    """The trained model of a work directory, ready for `geolrm_jax.reconstruct`.
-
-    Args:
-      workdir: what training has written.
-      step: "latest", "best" or the number of a checkpoint of the reconstruction stage.
-
-    Raises:
-      FileNotFoundError: if there is no such work directory or checkpoint.
-      ValueError: if the checkpoint is incomplete.
-    """
-    return _load_model(read_config(Path(workdir)), Path(workdir), step)[0]
-
-
-def _load_model(experiment: Experiment, workdir: Path, step: str | int) -> tuple[Model, int]:
-    if not experiment.reconstruction:
-        raise ValueError(f"{workdir}: its config {experiment.name!r} trains no reconstruction network")
-    variables, graphdef, number = restore_stage(experiment, "reconstruction", workdir, step)
-    anchors = experiment.evaluation.max_anchors
-    return Model(variables, graphdef, experiment.evaluation.input_size, anchors, experiment.seed), number
 
 
 def evaluate(
@@ -184,7 +154,7 @@ def evaluate(
       out: folder of the report; by default `workdir/eval/STEP`, with the name of `data` behind it if that is given.
     """
     experiment = read_config(workdir)
-    model, number = _load_model(experiment, workdir, step)
+    model, number = restore_model(experiment, workdir, step)
     out = Path(out) if out else workdir / "eval" / (f"{number}-{data.resolve().name}" if data else str(number))
     records = open_records(experiment, workdir, data, out)
     lpips_file = experiment.reconstruction.objective.lpips_weights
@@ -229,7 +199,7 @@ def export_example(experiment: Experiment, workdir: Path, out: Path) -> Path:
     """The first unseen object, reconstructed from the protocol's inputs, as files; returns their folder."""
     record = open_split(data_directory(experiment, workdir), "test")[0]
     inputs = choose_inputs(experiment.evaluation, record.view_ids, record.cameras(range(len(record.view_ids))))
-    model = load_model(workdir)
+    model, _ = restore_model(experiment, workdir, "latest")
     gaussians = reconstruct(model, to_views(record.views(inputs)))
     folder = out / record.id.replace("/", "_")
     export(gaussians, folder, size=256)
@@ -257,7 +227,7 @@ def infer(
     read = read_transforms if (folder / "transforms.json").is_file() else read_gobjaverse
     images = read(folder, inputs)
     experiment = read_config(workdir)
-    model, number = _load_model(experiment, workdir, step)
+    model, number = restore_model(experiment, workdir, step)
     views = to_views(images)
     jax.block_until_ready(reconstruct(model, views))
     start = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from geolrm_jax.data.pipeline import RING_VIEWS, ViewRule
@@ -94,8 +95,8 @@ class Trainer:
     """The work directory; checkpoints go to `directory/name/checkpoints`."""
     data: Iterator[Any]
     """A Grain iterator of this process's share of the batches."""
-    warm_start: Mapping[str, Any] | None = None
-    """`params` and `batch_stats` of other stages that take the place of fresh ones."""
+    start: Callable[[], Mapping[str, Any]] = dict
+    """Gives parts of `params` and `batch_stats` that take the place of fresh ones; called when nothing is restored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def prepare(trainer: Trainer) -> Prepared:
     shardings = shard_tree(mesh, abstract)
 
     def fresh() -> State:
-        return warm_started(jax.jit(init, out_shardings=shardings)(key), trainer.warm_start, shardings)
+        return with_values(jax.jit(init, out_shardings=shardings)(key), trainer.start(), shardings)
 
     def build(objective: Objective) -> Callable:
         return make_train_step(
@@ -190,14 +191,25 @@ def with_inputs(batch: Batch, views: tuple[int, ...]) -> Batch:
     return dataclasses.replace(batch, inputs=jax.tree.map(lambda x: x[:, list(views)], batch.inputs))
 
 
-def warm_started(state: State, other: Mapping[str, Any] | None, shardings: Any) -> State:
-    """`state` with the networks that `other` holds in place of fresh ones."""
-    for item in ("params", "batch_stats") if other else ():
-        placed = {
-            name: jax.device_put(tree, shardings[item][name], may_alias=False) for name, tree in other[item].items()
-        }
-        state[item] = {**state[item], **placed}
-    return state
+def with_values(state: State, values: Mapping[str, Any], shardings: Any) -> State:
+    """`state` with `values`, a part of its tree, in the place of what it holds there.
+
+    Raises:
+      ValueError: if they have other names or shapes; it lists the first few.
+    """
+    flat, where = (traverse_util.flatten_dict({k: tree[k] for k in values}) for tree in (state, shardings))
+    new = traverse_util.flatten_dict(dict(values))
+    wrong = [
+        f"{'.'.join(path)} {np.shape(x)}"
+        for path, x in new.items()
+        if path not in flat or np.shape(flat[path]) != np.shape(x)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"the weights to start from do not fit the model: {', '.join(wrong[:5])}{more}")
+    for path, x in new.items():
+        flat[path] = jax.device_put(x, where[path], may_alias=False)
+    return {**state, **traverse_util.unflatten_dict(flat)}
 
 
 class Monitor:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from geolrm_jax.losses.depth import DepthMean, edge_aware_log_l1, total_variation
-from geolrm_jax.losses.lpips import Lpips, load_lpips
+from geolrm_jax.losses.lpips import Lpips
 from geolrm_jax.losses.occupancy import Counting, affinity, cross_entropy
 from geolrm_jax.losses.photometric import alpha_mse, image_mse, mean_over_views
 from geolrm_jax.models.geolrm import GeoLRM, GeoLRMConfig, ProposalMode
@@ -21,6 +21,7 @@ from geolrm_jax.precision import Precision
 from geolrm_jax.rendering import rasterize
 from geolrm_jax.runtime import logging
 from geolrm_jax.scene import Batch, Views
+from geolrm_jax.weights.lpips import load_lpips
 
 Losses = Mapping[str, Array]
 Metrics = Mapping[str, Array]
