@@ -50,7 +50,9 @@ def run(experiment: Experiment, workdir: Path) -> None:
     experiment = experiment.absolute()
     check_workdir(experiment, workdir)
     if (workdir / "weights.json").exists():
-        raise ValueError(f"{workdir} holds imported weights: choose another --workdir to train in")
+        raise ValueError(
+            f"{workdir} holds imported weights: to go on from them, train elsewhere with --start-from {workdir}"
+        )
     check_batches(experiment)
     data = build_shown(experiment.data, data_directory(experiment, workdir))
     check_protocol(experiment, data)

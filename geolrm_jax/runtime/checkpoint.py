@@ -14,7 +14,7 @@ import grain.checkpoint
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import serialization
+from flax import serialization, traverse_util
 
 FORMAT_VERSION = 2  # 1 had no batch counts and no mask token
 MODEL, OPTIMIZER = ("params", "batch_stats", "ema"), ("opt_state", "step")
@@ -152,17 +152,21 @@ class Checkpoints:
 
         As in `restore_model`, averaged parameters take the place of the raw where they exist.
         """
-        averaged = self._saved_tree(step).get("ema", {})
-        checkpointer, folder = ocp.PyTreeCheckpointer(), self.directory / str(step) / "model"
+        saved = self._saved_tree(step)
+        names, averaged = set(traverse_util.flatten_dict(saved)), saved.get("ema", {})
+        checkpointer, folder = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()), self.directory / str(step) / "model"
 
         def read(collection: str, path: str) -> np.ndarray:
             keys = path.split(".")
             keys.insert(0, "ema" if collection == "params" and keys[0] in averaged else collection)
+            if tuple(keys) not in names:
+                raise self._incomplete(step, f"no {path} among its {keys[0]}")
             item, as_numpy = 0, ocp.RestoreArgs(restore_type=np.ndarray)
             for key in reversed(keys):
                 item, as_numpy = {key: item}, {key: as_numpy}
             try:
-                found = checkpointer.restore(folder, item=item, restore_args=as_numpy, transforms={})
+                wanted = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+                found = checkpointer.restore(folder, args=wanted)
             except (ValueError, KeyError, OSError) as error:
                 raise self._incomplete(step, error) from error
             for key in keys:

@@ -1,6 +1,7 @@
 """Checkpoints written one array at a time: what is imported need not fit in memory."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ class Streamed:
     shape: tuple[int, ...]
     dtype: np.dtype
     load: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Number of elements; Orbax before 0.12.8 adds them up."""
+        return math.prod(self.shape)
 
 
 class StreamedHandler(ocp.type_handlers.NumpyHandler):

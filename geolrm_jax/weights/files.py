@@ -158,6 +158,8 @@ def _safetensors_entries(path: Path) -> dict[str, Entry]:
             raise ValueError(f"{path}: {name} is of type {code}, expected one of {', '.join(STORED)}")
         if end - begin != math.prod(shape) * np.dtype(STORED[code]).itemsize:
             raise ValueError(f"{path}: {name} has {end - begin} bytes, which is not {shape} of {code}")
+        if begin < 0:
+            raise ValueError(f"{path}: {name} lies before the data, at byte {begin}")
         if 8 + length + end > size:
             raise ValueError(f"{path}: truncated, {name} ends at byte {8 + length + end} of {size}")
         entries[name] = Entry(code, shape, 8 + length + begin)
