@@ -147,11 +147,12 @@ def _backward(block, queries, keys, values, mask, d_out, log_total, shared):
             weights = jnp.where(mask[:, None], jnp.exp(_scores(queries, keys, mask) - log_total), 0.0)
             d_scores = weights * (_product("gnc,gmc->gnm", d_out, values) - shared) * queries.shape[-1] ** -0.5
             weights, d_scores = weights.astype(d_out.dtype), d_scores.astype(queries.dtype)
-            d_keys = sums[0] + _product("gnm,gnc->gmc", d_scores, queries)
-            d_values = sums[1] + _product("gnm,gnc->gmc", weights, d_out)
+            # Channels before keys: as (m c) these two products took six times as long on CPU.
+            d_keys = sums[0] + _product("gnc,gnm->gcm", queries, d_scores)
+            d_values = sums[1] + _product("gnc,gnm->gcm", d_out, weights)
             return (d_keys, d_values), _product("gnm,gmc->gnc", d_scores, keys).astype(queries.dtype)
 
-        zeros = tuple(jnp.zeros(x.shape, full(x).dtype) for x in (keys, values))
+        zeros = tuple(jnp.zeros(x.swapaxes(1, 2).shape, full(x).dtype) for x in (keys, values))
         return jax.lax.scan(rows, zeros, tuple(by_row))
 
     together, size = block
@@ -160,7 +161,7 @@ def _backward(block, queries, keys, values, mask, d_out, log_total, shared):
         *(_split_rows(x, together, size) for x in (queries, d_out, log_total, shared)),
     )
     (d_keys, d_values), d_queries = jax.lax.map(problem, parts)
-    d_keys, d_values = (rearrange(x, "s g m c -> (s g) m c") for x in (d_keys, d_values))
+    d_keys, d_values = (rearrange(x, "s g c m -> (s g) m c") for x in (d_keys, d_values))
     return _join_rows(d_queries, queries.shape[1]), d_keys.astype(keys.dtype), d_values.astype(values.dtype)
 
 
