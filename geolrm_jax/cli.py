@@ -147,32 +147,54 @@ def _numbers(text: str) -> list[int]:
 
 @clear_errors
 def weights(arguments: Arguments, program: str) -> None:
-    """import the released checkpoint, export to its layout, fetch public files"""
+    """import the released checkpoint, export to its layout, download public files, combine those of LPIPS"""
     parser = argparse.ArgumentParser(prog=program, description="Weights from elsewhere, in and out.")
-    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB")
+    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB", title="jobs")
 
-    job = jobs.add_parser("import", help="make a work directory of a released GeoLRM checkpoint", allow_abbrev=False)
+    job = jobs.add_parser(
+        "import",
+        help="make a work directory of a released GeoLRM checkpoint",
+        epilog="Fields of the config can be overridden, as for `geolrm train`.",
+        allow_abbrev=False,
+    )
     job.add_argument("--from", dest="file", type=Path, required=True, help=".ckpt, .pth or .safetensors")
-    job.add_argument("--to", dest="workdir", type=Path, required=True, help="the work directory to make")
+    job.add_argument("--to", type=Path, required=True, metavar="DIR", help="the work directory to make")
     job.add_argument("--config", default="released", metavar="NAME|FILE", help="a config of that model (released)")
-    job.epilog = "Fields of the config can be overridden, as for `geolrm train`."
 
     job = jobs.add_parser("export", help="write a model as safetensors in the released layout")
     job.add_argument("--workdir", type=Path, required=True, help="what training or an import has written")
     job.add_argument("--step", default="latest", metavar="N|latest|best", help="which checkpoint (latest)")
-    job.add_argument("--to", dest="file", type=Path, required=True, help="the .safetensors file to write")
+    job.add_argument("--to", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+
+    job = jobs.add_parser("fetch", help="download a known public file, verified; an interrupted download is resumed")
+    job.add_argument("name", help="geolrm, vgg16, lpips-heads, dinov2-base, ...; a wrong name lists them all")
+    job.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the file")
+
+    job = jobs.add_parser("lpips", help="combine VGG16 and the linear heads into the file that LPIPS reads")
+    job.add_argument("--vgg", type=Path, required=True, metavar="FILE", help="torchvision's vgg16-397923af.pth")
+    job.add_argument("--heads", type=Path, required=True, metavar="FILE", help="weights/v0.1/vgg.pth of `lpips`")
+    job.add_argument("--to", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
 
     known, overrides = parser.parse_known_args(arguments)
     if overrides and known.job != "import":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
 
     from geolrm_jax import config, recipe
+    from geolrm_jax.runtime import logging
+    from geolrm_jax.weights import fetch, lpips
 
     if known.job == "import":
         experiment = config.apply_overrides(config.load_config(known.config), overrides, program=f"{program} import")
-        recipe.import_weights(experiment, known.file, known.workdir)
+        recipe.import_weights(experiment, known.file, known.to)
+    elif known.job == "export":
+        recipe.export_weights(known.workdir, known.to, step=known.step)
+    elif known.job == "fetch":
+        fetch.fetch(known.name, known.to)
     else:
-        recipe.export_weights(known.workdir, known.file, step=known.step)
+        digests = lpips.combine(known.vgg, known.heads, known.to)
+        rows = [(f"SHA-256 of {name}", digest) for name, digest in digests.items()]
+        override = f"--reconstruction.objective.lpips-weights {known.to}"
+        logging.summary(f"{known.to}: written", rows, [("train with it", f"geolrm train --config NAME {override}")])
 
 
 COMMANDS = {"train": train, "eval": evaluate, "infer": infer, "info": info, "weights": weights}

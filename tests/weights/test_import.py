@@ -143,6 +143,9 @@ def test_an_interrupted_export_leaves_no_file(workdir, tmp_path, capsys, monkeyp
 def test_bad_arguments_are_named(workdir, tmp_path, capsys):
     assert "ends in .safetensors" in fails(capsys, "export", "--workdir", workdir, "--to", tmp_path / "x.ckpt")
     assert "config.json does not exist" in fails(capsys, "export", "--workdir", tmp_path, "--to", "x.safetensors")
+    assert "expected one of dinov2-small" in fails(capsys, "fetch", "nonsense", "--to", tmp_path)
+    lpips = ("lpips", "--vgg", tmp_path / "vgg.pth", "--heads", tmp_path / "h.pth", "--to", tmp_path / "x.safetensors")
+    assert "vgg.pth does not exist" in fails(capsys, *lpips)
     assert "no checkpoint '7'" in fails(capsys, "export", "--workdir", workdir, "--step", "7", "--to", "x.safetensors")
 
 
