@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import jax
 import pytest
 
 from geolrm_jax.config import (
@@ -14,6 +16,8 @@ from geolrm_jax.config import (
     to_tree,
     write_config,
 )
+from geolrm_jax.inference import abstract_model
+from geolrm_jax.precision import Precision
 
 
 @pytest.fixture
@@ -21,10 +25,66 @@ def tiny(request):
     return load_config(str(request.config.rootpath / "tests" / "configs" / "tiny.py"))
 
 
-@pytest.mark.parametrize("name", ["quickstart", "real_objects", "one_object", "geolrm"])
+CONFIGS = Path(__file__).parents[1] / "configs"
+NAMES = sorted(str(file.relative_to(CONFIGS).with_suffix("")) for file in CONFIGS.rglob("*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_config_loads_and_survives_json(name):
     experiment = load_config(name)
+    assert experiment.name == name.replace("/", "_")
     assert from_tree(json.loads(json.dumps(to_tree(experiment)))) == experiment
+
+
+def parameters(model):
+    return sum(x.size for x in jax.tree.leaves(abstract_model(model, Precision())[1]["params"]))
+
+
+def test_ablations_change_what_they_say():
+    """Parameters that each row adds to or takes from the full model, by hand."""
+    full = load_config("ablations/full").model
+    depth, width, heads, channels = 12, 768, 16, 384
+    sampling = depth * (width + 1) * heads * 2 * 3  # per point: two offsets and a logit, for each of two levels
+    vit, upsample = 86_580_480, 16 * width * channels + 2 * channels
+    differences = {
+        "no_plucker": -6 * 16 * channels,
+        "no_low_level": -9 * 16 * channels - 2 * channels - sampling * 8 // 2,
+        "no_high_level": -vit - upsample - sampling * 8 // 2,
+        "no_rope": 0,
+        "fixed_inputs": 0,
+        "points_0": -8 * sampling,
+        "points_4": -4 * sampling,
+        "points_8": 0,
+        "points_16": 8 * sampling,
+    }
+    assert {f"ablations/{name}" for name in (*differences, "full", "proposal")} == {
+        name for name in NAMES if name.startswith("ablations/")
+    }
+    for name, difference in differences.items():
+        assert parameters(load_config(f"ablations/{name}").model) - parameters(full) == difference, name
+
+
+def test_the_papers_table():
+    """Specification, section 5."""
+    for name, stage, batch, dtype in (
+        ("proposal", "proposal", 64, "bfloat16"),
+        ("reconstruction",) * 2 + (32, "float32"),
+    ):
+        experiment = load_config(name)
+        trained = experiment.stages[stage]
+        assert list(experiment.stages) == [stage] and experiment.precision.compute == dtype
+        assert (trained.batch, trained.accumulation) == (batch * 8, 8)
+        assert trained.steps * trained.batch <= 12 * 280_000 < (trained.steps + 1) * trained.batch
+        optimizer = trained.optimizer
+        rates = (optimizer.learning_rate, optimizer.b1, optimizer.b2, optimizer.weight_decay, optimizer.clip)
+        assert rates == (1e-4, 0.9, 0.95, 0.05, 4.0) and optimizer.warmup == 1500
+        assert (trained.views, trained.inputs, experiment.input_size, experiment.render_size) == (
+            8,
+            (1, 2, 3, 4, 5, 6, 7),
+            448,
+            448,
+        )
+    assert load_config("reconstruction").reconstruction.objective.max_anchors == 4096
 
 
 def test_overrides_change_one_field(tiny):
