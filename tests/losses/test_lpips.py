@@ -1,8 +1,5 @@
 """LPIPS at its real widths, with random weights in the published layout, against NumPy in float64."""
 
-import hashlib
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +7,10 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from geolrm_jax.losses.lpips import Lpips, load_lpips
+from geolrm_jax.losses.lpips import Lpips
 from geolrm_jax.models.vgg import VGG16
 from geolrm_jax.precision import Precision
+from geolrm_jax.weights.lpips import load_lpips
 
 # torchvision's vgg16().features, written out: a number is a convolution's width, M a pool; ReLU after each number.
 LAYERS = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
@@ -139,25 +137,19 @@ def test_bfloat16_runs_the_convolutions_only(saved, lpips, rng):
     np.testing.assert_allclose(rounded, exact, rtol=0.05)
 
 
-def test_file_is_named_by_its_hash(saved):
-    assert load_lpips(saved)[1] == hashlib.sha256(saved.read_bytes()).hexdigest()
+def test_only_activations_and_targets_are_kept_for_the_gradient(rng):
+    """What the backward pass is given, from shapes alone: the blocks and the distances are computed again."""
+    lpips = nnx.eval_shape(lambda: Lpips(rngs=nnx.Rngs(0), precision=Precision()))
+    image = jax.ShapeDtypeStruct((1, 2, 32, 48, 3), jnp.float32)
+    valid = jax.ShapeDtypeStruct((1, 2), bool)
 
+    def backward(lpips, x, y, valid):
+        return jax.vjp(lambda x: lpips.between(x, y, valid), x)[1]
 
-def test_bad_files_are_named_with_every_wrong_key(tmp_path, weights):
-    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
-        load_lpips(tmp_path / "none.safetensors")
-    (tmp_path / "text.safetensors").write_text("hello, this is no such file")
-    with pytest.raises(ValueError, match=r"text\.safetensors: not a readable safetensors"):
-        load_lpips(tmp_path / "text.safetensors")
-    partial = {key: value for key, value in weights.items() if key not in ("features.5.bias", "lin3.model.1.weight")}
-    partial["features.0.weight"] = partial["features.0.weight"].transpose(2, 3, 1, 0)
-    safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in partial.items()}, tmp_path / "a.safetensors")
-    expected = (
-        "features.0.weight has shape (3, 3, 3, 64), expected (64, 3, 3, 3); features.5.bias is missing; "
-        "lin3.model.1.weight is missing"
-    )
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        load_lpips(tmp_path / "a.safetensors")
+    kept = jax.tree.leaves(jax.eval_shape(backward, lpips, image, image, valid))
+    per_view = sorted((x.shape[2:], x.dtype.name) for x in kept if x.shape[:2] == (1, 2) and x.ndim > 2)
+    taps = [(32, 48, 64), (16, 24, 128), (8, 12, 256), (4, 6, 512), (2, 3, 512)]
+    assert per_view == sorted([(tap, "float32") for tap in taps * 2] + [((32, 48, 3), "float32")])
 
 
 def test_random_initialisation_and_small_images():
