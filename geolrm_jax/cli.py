@@ -179,15 +179,15 @@ def weights(arguments: Arguments, program: str) -> None:
     if overrides and known.job != "import":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
 
-    from geolrm_jax import config, recipe
+    from geolrm_jax import config, interchange
     from geolrm_jax.runtime import logging
     from geolrm_jax.weights import fetch, lpips
 
     if known.job == "import":
         experiment = config.apply_overrides(config.load_config(known.config), overrides, program=f"{program} import")
-        recipe.import_weights(experiment, known.file, known.to)
+        interchange.import_weights(experiment, known.file, known.to)
     elif known.job == "export":
-        recipe.export_weights(known.workdir, known.to, step=known.step)
+        interchange.export_weights(known.workdir, known.to, step=known.step)
     elif known.job == "fetch":
         fetch.fetch(known.name, known.to)
     else:

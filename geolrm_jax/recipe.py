@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,21 +21,15 @@ from geolrm_jax.evaluation.protocol import choose_inputs
 from geolrm_jax.evaluation.report import write_report
 from geolrm_jax.evaluation.results import EvaluationResults, environment
 from geolrm_jax.evaluation.runner import SURFACE, evaluate_objects, peak_memory_bytes
-from geolrm_jax.export.files import written_whole
 from geolrm_jax.export.ply import write_ply
 from geolrm_jax.export.video import write_video
 from geolrm_jax.geometry.cameras import turntable
 from geolrm_jax.inference import reconstruct
-from geolrm_jax.models.geolrm import GeoLRMConfig
 from geolrm_jax.rendering import Renderer
 from geolrm_jax.runtime import logging
-from geolrm_jax.runtime.checkpoint import Checkpoints
-from geolrm_jax.runtime.streamed import save_streamed
 from geolrm_jax.scene import Gaussians, Views
 from geolrm_jax.starting import restore_model, start
 from geolrm_jax.training.loop import Trainer, train
-from geolrm_jax.weights import released
-from geolrm_jax.weights.files import open_tensors, sha256_of
 from geolrm_jax.weights.lpips import load_lpips
 
 PICTURED = 12  # objects with pictures in a report
@@ -272,94 +265,3 @@ def turntable_frames(gaussians: Gaussians, size: int) -> Iterator[np.ndarray]:
         for done, camera in enumerate(cameras, start=1):
             yield np.clip(np.asarray(render(gaussians, camera).rgb[0]), 0.0, 1.0)
             bar.update(done)
-
-
-def import_weights(experiment: Experiment, file: Path, workdir: Path) -> None:
-    """Makes a work directory of a released checkpoint, for `evaluate` and `infer`.
-
-    Its parts are config.json, weights.json, which says where the weights are from, and last the checkpoint, as step 0
-    of the reconstruction: a folder with that is complete. Memory grows with the largest array, not with the file.
-
-    Args:
-      experiment: whose model the checkpoint fits.
-      file: safetensors or a torch checkpoint in the released layout.
-      workdir: may exist, without checkpoints.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is unreadable or does not fit the model, or the folder has checkpoints or is another config's.
-    """
-    model = _whole_model(experiment, experiment.name)
-    for folder in workdir.glob("*/checkpoints/*"):
-        if folder.name.isdigit():
-            raise ValueError(f"{workdir} has a checkpoint already, {folder}: choose another folder")
-    tensors = open_tensors(file)
-    plan = released.plan(tensors.shapes, model, where=str(file))
-    experiment = experiment.absolute()
-    check_workdir(experiment, workdir)
-    source = {"file": tensors.path.name, "bytes": tensors.path.stat().st_size, "sha256": tensors.sha256}
-    write_config(experiment, workdir)
-    with written_whole(workdir / "weights.json") as temporary:
-        temporary.write_text(json.dumps(source, indent=2) + "\n")
-    with logging.progress("import", len(plan.leaves), unit="array") as bar:
-        variables = plan.streamed(tensors.read, bar.update)
-        save_streamed(workdir / "reconstruction" / "checkpoints", 0, variables, source)
-
-    parts = plan.parts()
-    ignored = f", {len(plan.ignored)} ignored (lpips.*)" if plan.ignored else ""
-    widened = [("widened", f"{len(tensors.widened)} tensors of 16 bits, to float32")] if tensors.widened else []
-    logging.summary(
-        f"{file}: imported into {workdir}",
-        [
-            *((part, f"{count:,} parameters") for part, count in parts.items()),
-            ("in all", f"{sum(parts.values()):,} parameters"),
-            ("keys", f"{plan.consumed} consumed{ignored}"),
-            *widened,
-            ("SHA-256", source["sha256"]),
-            ("config", f"{experiment.name}, in {workdir / 'config.json'}"),
-        ],
-        [
-            ("reconstruct your own pictures", f"geolrm infer --workdir {workdir} --views FOLDER --out out"),
-            ("evaluate on renders of objects", f"geolrm eval --workdir {workdir} --data FOLDER"),
-        ],
-    )
-
-
-def export_weights(workdir: Path, file: Path, *, step: str | int = "latest") -> None:
-    """Writes a work directory's model as safetensors in the released layout, one array at a time.
-
-    Args:
-      workdir: of the model.
-      file: ends in .safetensors; one that is there is replaced, when the new one is complete.
-      step: of the reconstruction stage; its averaged parameters are taken where it has them.
-
-    Raises:
-      FileNotFoundError: if there is no such work directory or checkpoint.
-      ValueError: if the checkpoint is incomplete, or the model has parts that the released one has not.
-    """
-    if file.suffix != ".safetensors":
-        raise ValueError(f"{file}: expected a name that ends in .safetensors")
-    experiment = read_config(workdir)
-    model = _whole_model(experiment, str(workdir))
-    folder = workdir / "reconstruction" / "checkpoints"
-    checkpoints = Checkpoints(folder, experiment.reconstruction.checkpoint, write=False)
-    number = checkpoints.resolve(step)
-    keys = released.export(file, model, checkpoints.open_arrays(number))
-    checkpoints.close()
-    logging.summary(
-        f"{file}: written",
-        [
-            ("checkpoint", f"step {number} of {workdir}"),
-            ("keys", str(keys)),
-            ("bytes", f"{file.stat().st_size:,}"),
-            ("SHA-256", sha256_of(file)),
-        ],
-        [("back again", f"geolrm weights import --from {file} --to FOLDER --config {experiment.name}")],
-    )
-
-
-def _whole_model(experiment: Experiment, where: str) -> GeoLRMConfig:
-    """The networks of the reconstruction stage, which are both."""
-    if not experiment.reconstruction:
-        raise ValueError(f"{where}: its config {experiment.name!r} has no reconstruction network")
-    return experiment.reconstruction.objective.networks(experiment.model)
