@@ -182,7 +182,9 @@ def _verify(path: Path, url: str, expected: Published) -> str:
 
 
 def _by_hand(file: PublicFile, path: Path, part: Path, error: Exception) -> str:
-    reason = f"the server answers {error}" if isinstance(error, urllib.error.HTTPError) else f"{error}"
+    reason = (
+        f"the server answers {error}" if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
+    )
     kept = f" ({part} keeps the first {_size(part)} bytes for another try)" if _size(part) else ""
     return f"cannot download {file.url}: {reason}{kept}; or download it elsewhere and put it at {path.resolve()}"
 
