@@ -1,13 +1,17 @@
 """The readable implementation, in plain XLA: the ground truth of the tests and the path on CPU.
 
-A bilinear sample reads four neighbouring cells. They are laid side by side first (`_quads`), so that a sample is one
-gather of 4 C contiguous numbers: on CPU this took 0.4 of the time of four gathers of C.
+A bilinear sample reads four neighbouring cells, each a row of C numbers of the map as it lies in memory. Tried on CPU
+and slower: the four cells side by side in a larger table, so that a sample is one gather (3 times the time); channels
+before cells (4 times). Queries are worked through in blocks, so that memory does not grow with the number of samples.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
+
+SAMPLES = 2**15  # of one view and level that are worked on at a time
 
 
 def deformable_attention(
@@ -47,72 +51,108 @@ def multiview_deformable_attention(
     return rearrange(sum(levels), "(b v) n k c -> b v n k c", b=batch, v=views).astype(features[0].dtype)
 
 
-@jax.checkpoint
+@jax.custom_vjp
 def _sample(
     maps: Float[Array, "b h w k c"], pixels: Float[Array, "b n k p 2"], weights: Float[Array, "b n k p"]
 ) -> Float[Array, "b n k c"]:
     """Sum over p of weight times the bilinear sample at `pixels` (x, y; cell centres at integers; zero outside).
 
-    Rematerialised: between forward and backward nothing of the size of the samples is kept.
+    Between forward and backward nothing of the size of the samples is kept.
     """
-    batch, height, width, heads, channels = maps.shape
+    size = maps.shape[1:3]
+
+    def block(pixels_and_weights):
+        index, corner_weights = _corners(*pixels_and_weights, size)
+        return jax.vmap(_weighted_rows)(_table(maps), index, corner_weights)
+
+    return _joined(jax.lax.map(block, _in_blocks(pixels, weights)), pixels.shape[1])
+
+
+def _sample_forward(maps, pixels, weights):
+    return _sample(maps, pixels, weights), (maps, pixels, weights)
+
+
+def _sample_backward(arguments, d_out):
+    maps, pixels, weights = arguments
+    size, table = maps.shape[1:3], _table(maps)
+
+    def block(d_table, arrays):
+        pixels, weights, d_out = arrays
+        corner_weights, pullback, index = jax.vjp(lambda *a: _corners(*a, size)[::-1], pixels, weights, has_aux=True)
+        # As one product after the gather: fused into it, the short sums over channels are not vectorised.
+        rows = jax.lax.optimization_barrier(jax.vmap(_rows)(table, index))
+        d_weights = jnp.einsum("bnkpqc,bnkc->bnkpq", rows.astype(d_out.dtype), d_out, precision="highest")
+        d_rows = corner_weights[..., None] * d_out[..., None, None, :]
+        d_table = jax.vmap(lambda t, i, d: t.at[i].add(d, mode="promise_in_bounds"))(d_table, index, d_rows)
+        return d_table, pullback(d_weights)
+
+    start = jnp.zeros(table.shape, weights.dtype)
+    d_table, by_query = jax.lax.scan(block, start, _in_blocks(pixels, weights, d_out))
+    d_pixels, d_weights = (_joined(x, pixels.shape[1]) for x in by_query)
+    return d_table.reshape(maps.shape).astype(maps.dtype), d_pixels, d_weights
+
+
+_sample.defvjp(_sample_forward, _sample_backward)
+
+
+def _in_blocks(*arrays):
+    """Blocks of queries (S, B, n, ...), the last one padded with zeros, which weigh nothing."""
+    count, heads, points = arrays[0].shape[1:4]
+    size = min(count, max(1, SAMPLES // (heads * points)))
+    padded = (jnp.pad(x, ((0, 0), (0, -count % size), *((0, 0),) * (x.ndim - 2))) for x in arrays)
+    return tuple(rearrange(x, "b (s n) ... -> s b n ...", n=size) for x in padded)
+
+
+def _joined(blocks, count):
+    """The first `count` queries of blocks (S, B, n, ...), as (B, count, ...)."""
+    return rearrange(blocks, "s b n ... -> b (s n) ...")[:, :count]
+
+
+def _corners(
+    pixels: Float[Array, "b n k p 2"], weights: Float[Array, "b n k p"], size: tuple[int, int]
+) -> tuple[Int[Array, "b n k p 4"], Float[Array, "b n k p 4"]]:
+    """Rows of `_table` of the four cells around each pixel, and their weights: zero for cells outside the map."""
+    height, width = size
     # Two cells beyond the border everything is zero: clamping there changes no value and no gradient.
     x, y = (pixels[..., i].clip(-2.0, n + 1.0) for i, n in ((0, width), (1, height)))
     left, top = jnp.floor(x), jnp.floor(y)
     right, bottom = x - left, y - top
-    corners = jnp.stack(
-        [(1 - right) * (1 - bottom), right * (1 - bottom), (1 - right) * bottom, right * bottom], axis=-1
-    )
-    quads = _quads(maps)
-    column, row = (left + 2).astype(jnp.int32), (top + 2).astype(jnp.int32)
-    # One flat table of rows (batch, head, place): row numbers stay below 2^31.
-    scene = jnp.arange(batch, dtype=jnp.int32)[:, None, None, None]
-    head = jnp.arange(heads, dtype=jnp.int32)[:, None]
-    rows, columns = quads.shape[2:4]
-    index = ((scene * heads + head) * rows + row) * columns + column
-    table = quads.reshape(batch * heads * rows * columns, 4, channels)
+    head = jnp.arange(pixels.shape[2], dtype=jnp.int32)[:, None]
+    index, corner_weights = [], []
+    for row, column, share in (
+        (top, left, (1 - right) * (1 - bottom)),
+        (top, left + 1, right * (1 - bottom)),
+        (top + 1, left, (1 - right) * bottom),
+        (top + 1, left + 1, right * bottom),
+    ):
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        # Clipped as integers: a pixel that is not a number must not read beyond the map either.
+        cell = row.astype(jnp.int32).clip(0, height - 1) * width + column.astype(jnp.int32).clip(0, width - 1)
+        index.append(cell * pixels.shape[2] + head)
+        corner_weights.append(jnp.where(inside, weights * share, 0.0))
     # Without the barrier XLA fuses all of the above into the gathers and computes it anew for every channel.
-    return _weighted_rows(*jax.lax.optimization_barrier((table, index, corners * weights[..., None])))
+    return jax.lax.optimization_barrier((jnp.stack(index, axis=-1), jnp.stack(corner_weights, axis=-1)))
 
 
-@jax.custom_vjp
+def _table(maps: Float[Array, "b h w k c"]) -> Float[Array, "b r c"]:
+    """One row of C numbers for each cell and head, as they lie in memory."""
+    return rearrange(maps, "b h w k c -> b (h w k) c")
+
+
 def _weighted_rows(
-    table: Float[Array, "r q c"], index: Int[Array, "*batch p"], weights: Float[Array, "*batch p q"]
+    table: Float[Array, "r c"], index: Int[Array, "*batch p q"], weights: Float[Array, "*batch p q"]
 ) -> Float[Array, "*batch c"]:
-    """Sum over p and q of weight times `table[index, q]`, in the weights' dtype.
+    """Sum over p and q of weight times `table[index]`, in the weights' dtype.
 
-    The loop over p is unrolled, so that XLA fuses each gather with its sum: on CPU this took a quarter of the time of
-    gathering all points first.
+    Unrolled, so that XLA fuses each gather with its product and sum: gathering all rows first took several times as
+    long on CPU.
     """
-    out = jnp.zeros((*index.shape[:-1], table.shape[-1]), weights.dtype)
-    for point in range(index.shape[-1]):
-        rows = _rows(table, index[..., point]).astype(weights.dtype)
-        out += sum(rows[..., q, :] * weights[..., point, q, None] for q in range(table.shape[1]))
+    out = jnp.zeros((*index.shape[:-2], table.shape[-1]), weights.dtype)
+    for point, corner in np.ndindex(index.shape[-2:]):
+        rows = _rows(table, index[..., point, corner])
+        out += rows.astype(weights.dtype) * weights[..., point, corner, None]
     return out
 
 
 def _rows(table, index):
     return table.at[index].get(mode="promise_in_bounds")
-
-
-def _weighted_rows_forward(table, index, weights):
-    return _weighted_rows(table, index, weights), (table, index, weights)
-
-
-def _weighted_rows_backward(residuals, cotangent):
-    table, index, weights = residuals
-    d_weights = jnp.sum(_rows(table, index).astype(weights.dtype) * cotangent[..., None, None, :], axis=-1)
-    d_rows = weights[..., None] * cotangent[..., None, None, :]
-    d_table = jnp.zeros(table.shape, weights.dtype).at[index].add(d_rows, mode="promise_in_bounds")
-    return d_table.astype(table.dtype), None, d_weights
-
-
-_weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)
-
-
-def _quads(maps: Float[Array, "b h w k c"]) -> Float[Array, "b k h3 w3 4 c"]:
-    """Every 2 x 2 neighbourhood of the map padded by zeros, from the one that starts at cell -2 to that at n + 1."""
-    padded = jnp.pad(maps, ((0, 0), (2, 3), (2, 3), (0, 0), (0, 0)))
-    padded = rearrange(padded, "b h w k c -> b k h w c")
-    corners = [padded[:, :, i : i + maps.shape[1] + 4, j : j + maps.shape[2] + 4] for i in (0, 1) for j in (0, 1)]
-    return jnp.stack(corners, axis=-2)

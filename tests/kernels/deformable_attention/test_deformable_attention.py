@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.deformable_attention import deformable_attention, multiview_deformable_attention
+from kernels_pallas.deformable_attention import deformable_attention, multiview_deformable_attention, reference
 
 
 def bilinear(maps, x, y):
@@ -60,6 +60,19 @@ def test_gradients_are_those_of_finite_differences(rng):
         np.testing.assert_allclose(jax.grad(loss)(0.0), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("samples", [1, 24, 48])  # one query at a time, two (the last block is padded), four
+def test_blocks_of_queries_change_nothing(rng, samples, monkeypatch):
+    features, locations, weights = jax.tree.map(lambda x: jnp.array(x, jnp.float32), make(rng))
+
+    def out_and_gradients():
+        loss = jax.grad(lambda *arguments: jnp.sum(deformable_attention(*arguments) ** 2), (0, 1, 2))
+        return deformable_attention(features, locations, weights), loss(features, locations, weights)
+
+    whole = out_and_gradients()
+    monkeypatch.setattr(reference, "SAMPLES", samples)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), out_and_gradients(), whole)
+
+
 def make_views(rng, batch=2, views=3, count=5, heads=2, points=3, channels=4):
     features = tuple(rng.normal(size=(batch, views, *s, heads, channels)) for s in ((6, 8), (3, 5)))
     reference = rng.uniform(0.05, 0.95, (batch, views, count, 2))
@@ -104,6 +117,13 @@ def test_everything_outside_is_zero(rng):
     features, _, weights = jax.tree.map(lambda x: jnp.array(x, jnp.float32), make(rng))
     for far in (-1.0, 2.0, 1e8, -1e8):
         assert not np.asarray(deformable_attention(features, jnp.full((*weights.shape, 2), far), weights)).any()
+
+
+def test_a_location_that_is_no_number_stays_with_its_query(rng):
+    features, locations, weights = jax.tree.map(lambda x: jnp.array(x, jnp.float32), make(rng))
+    broken = deformable_attention(features, locations.at[:, 2].set(jnp.nan), weights)
+    rest = np.array([0, 1, 3, 4])
+    np.testing.assert_array_equal(broken[:, rest], deformable_attention(features, locations, weights)[:, rest])
 
 
 def test_bfloat16_features_are_accumulated_in_float32(rng):
