@@ -28,7 +28,10 @@ def get_config() -> Experiment:
         model=GeoLRMConfig(),
         proposal=StageConfig(ProposalObjective(), steps=EPOCHS * OBJECTS // proposal, batch=proposal, accumulation=8),
         reconstruction=StageConfig(
-            ReconstructionObjective(), steps=EPOCHS * OBJECTS // reconstruction, batch=reconstruction, accumulation=8
+            ReconstructionObjective(pairs_per_gaussian=8.0),
+            steps=EPOCHS * OBJECTS // reconstruction,
+            batch=reconstruction,
+            accumulation=8,
         ),
         evaluation=Protocol(),
     )
