@@ -15,6 +15,7 @@ from geolrm_jax.scene import Anchors
 
 CHUNK = 1024  # queries whose scores, for all heads and scenes, an accelerator holds at a time
 CACHED_SCORES = 2**20  # scores that a CPU holds at a time: 4 MiB
+NOTHING = -1e30  # the score of a key that is not there
 
 
 class SelfAttention(nnx.Module):
@@ -120,14 +121,17 @@ def _forward(block, queries, keys, values, mask):
 
     def problem(arrays):
         queries, keys, values, mask = arrays
+        some = jnp.any(mask, axis=-1)[:, None, None]
 
         def rows(queries):
             scores = _scores(queries, keys, mask)
             top = jnp.max(scores, axis=-1, keepdims=True)
-            weights = jnp.where(mask[:, None], jnp.exp(scores - top), 0.0)
-            total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
+            weights = jnp.exp(scores - top)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
             out = _product("gnm,gmc->gnc", weights.astype(values.dtype), values) / total
-            return out.astype(values.dtype), top + jnp.log(total)
+            # Without any key all weights were one: none now, nor in the backward pass.
+            out, log_total = jnp.where(some, out, 0.0), jnp.where(some, top + jnp.log(total), -NOTHING)
+            return out.astype(values.dtype), log_total
 
         return jax.lax.map(rows, queries)
 
@@ -144,7 +148,7 @@ def _backward(block, queries, keys, values, mask, d_out, log_total, shared):
 
         def rows(sums, by_row):
             queries, d_out, log_total, shared = by_row
-            weights = jnp.where(mask[:, None], jnp.exp(_scores(queries, keys, mask) - log_total), 0.0)
+            weights = jnp.exp(_scores(queries, keys, mask) - log_total)
             d_scores = weights * (_product("gnc,gmc->gnm", d_out, values) - shared) * queries.shape[-1] ** -0.5
             weights, d_scores = weights.astype(d_out.dtype), d_scores.astype(queries.dtype)
             # Channels before keys: as (m c) these two products took six times as long on CPU.
@@ -167,7 +171,7 @@ def _backward(block, queries, keys, values, mask, d_out, log_total, shared):
 
 def _scores(queries, keys, mask):
     scores = _product("gnc,gmc->gnm", queries, keys) * queries.shape[-1] ** -0.5
-    return jnp.where(mask[:, None], scores, -1e30)
+    return jnp.where(mask[:, None], scores, NOTHING)
 
 
 def _product(equation, x, y):
