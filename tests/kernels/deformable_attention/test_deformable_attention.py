@@ -69,7 +69,6 @@ def test_blocks_of_queries_change_nothing(rng, samples, monkeypatch):
         return deformable_attention(features, locations, weights), loss(features, locations, weights)
 
     whole = out_and_gradients()
-    monkeypatch.setattr(reference, "CACHED_SAMPLES", 2 * samples)  # of both scenes
     monkeypatch.setattr(reference, "SAMPLES", samples)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), out_and_gradients(), whole)
 
