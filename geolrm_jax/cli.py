@@ -75,12 +75,20 @@ def evaluate(arguments: Arguments, program: str) -> None:
         "--data", type=Path, help="a built data set, or a folder in the GObjaverse layout, to use instead"
     )
     parser.add_argument("--objects", type=int, help="evaluate the first N objects only")
+    parser.add_argument("--lpips", metavar="FILE", help="weights of LPIPS; see `geolrm weights lpips` (the config's)")
     parser.add_argument("--out", type=Path, help="folder of the report (WORKDIR/eval/STEP)")
     known = parser.parse_args(arguments)
 
     from geolrm_jax import recipe
 
-    recipe.evaluate(known.workdir, step=known.step, data=known.data, objects=known.objects, out=known.out)
+    recipe.evaluate(
+        known.workdir,
+        step=known.step,
+        data=known.data,
+        objects=known.objects,
+        lpips_weights=known.lpips,
+        out=known.out,
+    )
 
 
 @clear_errors
@@ -97,6 +105,7 @@ def infer(arguments: Arguments, program: str) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--step", default="latest", metavar="N|latest|best", help="which checkpoint (latest)")
     parser.add_argument("--size", type=int, default=256, help="side of the turntable in pixels (256)")
+    parser.add_argument("--ply", default="3dgs", choices=("3dgs", "released"), help="flavour of gaussians.ply (3dgs)")
     known = parser.parse_args(arguments)
     try:
         inputs = [int(view) for view in known.inputs.split(",")] if known.inputs else None
@@ -105,7 +114,15 @@ def infer(arguments: Arguments, program: str) -> None:
 
     from geolrm_jax import recipe
 
-    recipe.infer(known.workdir, known.views, known.out, inputs=inputs, step=known.step, size=known.size)
+    recipe.infer(
+        known.workdir,
+        known.views,
+        known.out,
+        inputs=inputs,
+        step=known.step,
+        size=known.size,
+        flavour=known.ply,
+    )
 
 
 @clear_errors

@@ -104,8 +104,8 @@ def config_path(name: str) -> Path:
     if name in found:
         return found[name]
     close = difflib.get_close_matches(Path(name).stem, found, n=1)
-    hint = f", did you mean {close[0]!r}?" if close else ""
-    raise FileNotFoundError(f"no config {name!r}{hint} Expected a file or one of: {', '.join(sorted(found))}")
+    hint = f", did you mean {close[0]!r}? Expected" if close else ": expected"
+    raise FileNotFoundError(f"no config {name!r}{hint} a file or one of: {', '.join(sorted(found))}")
 
 
 def load_config(name: str) -> Experiment:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from geolrm_jax.geometry import cameras as camera_geometry
 from geolrm_jax.models.geolrm import GeoLRMConfig
@@ -64,8 +64,13 @@ def reconstruct(model: Model, views: Views) -> Gaussians:
     Returns:
       Gaussians (G, ...) with a mask: those of anchors that were not needed are padding.
     """
-    gaussians, _ = reconstruct_batch(model, jax.tree.map(lambda x: x[None], resized(views, model.input_size)))
-    return jax.tree.map(lambda x: x[0], gaussians)
+    return reconstruct_and_count(model, views)[0]
+
+
+def reconstruct_and_count(model: Model, views: Views) -> tuple[Gaussians, Int[Array, ""]]:
+    """What `reconstruct` gives, and the number of voxels found occupied, of which `max_anchors` are used."""
+    gaussians, logits = reconstruct_batch(model, jax.tree.map(lambda x: x[None], resized(views, model.input_size)))
+    return jax.tree.map(lambda x: x[0], gaussians), jnp.sum(logits > 0)
 
 
 def resized(views: Views, size: int) -> Views:

@@ -1,15 +1,15 @@
 """The released checkpoint's layout, in and out of work directories."""
 
-import json
 from pathlib import Path
 
+import numpy as np
+
 from geolrm_jax.config import Experiment, check_workdir, read_config, write_config
-from geolrm_jax.export.files import written_whole
 from geolrm_jax.models.geolrm import GeoLRMConfig
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checkpoint import Checkpoints
 from geolrm_jax.runtime.streamed import save_streamed
-from geolrm_jax.weights import released
+from geolrm_jax.weights import provenance, released
 from geolrm_jax.weights.files import open_tensors, sha256_of
 
 
@@ -34,19 +34,28 @@ def import_weights(experiment: Experiment, file: Path, workdir: Path) -> None:
             raise ValueError(f"{workdir} has a checkpoint already, {folder}: choose another folder")
     tensors = open_tensors(file)
     plan = released.plan(tensors.shapes, model, where=str(file))
+    narrowed = plan.check_types(tensors.dtypes, str(file))
     experiment = experiment.absolute()
     check_workdir(experiment, workdir)
-    source = {"file": tensors.path.name, "bytes": tensors.path.stat().st_size, "sha256": tensors.sha256}
     write_config(experiment, workdir)
-    with written_whole(workdir / "weights.json") as temporary:
-        temporary.write_text(json.dumps(source, indent=2) + "\n")
+    source = provenance.record(workdir, "released", tensors.path, tensors.sha256)
+    not_finite = []
+
+    def read(key: str) -> np.ndarray:
+        tensor = tensors.read(key)
+        if not np.isfinite(tensor).all():
+            not_finite.append(key)
+        return tensor
+
     with logging.progress("import", len(plan.leaves), unit="array") as bar:
-        variables = plan.streamed(tensors.read, bar.update)
-        save_streamed(workdir / "reconstruction" / "checkpoints", 0, variables, source)
+        save_streamed(workdir / "reconstruction" / "checkpoints", 0, plan.streamed(read, bar.update), source)
+    if not_finite:
+        logging.warn(f"{file}: NaN or infinity in {', '.join(not_finite)}")
 
     parts = plan.parts()
     ignored = f", {len(plan.ignored)} ignored (lpips.*)" if plan.ignored else ""
     widened = [("widened", f"{len(tensors.widened)} tensors of 16 bits, to float32")] if tensors.widened else []
+    widened += [("narrowed", f"{len(narrowed)} tensors of 64 bits, to float32")] if narrowed else []
     logging.summary(
         f"{file}: imported into {workdir}",
         [
@@ -93,7 +102,7 @@ def export_weights(workdir: Path, file: Path, *, step: str | int = "latest") -> 
             ("bytes", f"{file.stat().st_size:,}"),
             ("SHA-256", sha256_of(file)),
         ],
-        [("back again", f"geolrm weights import --from {file} --to FOLDER --config {experiment.name}")],
+        [("back again", f"geolrm weights import --from {file} --to FOLDER --config THE_MODELS_CONFIG")],
     )
 
 

@@ -21,15 +21,16 @@ from geolrm_jax.evaluation.protocol import choose_inputs
 from geolrm_jax.evaluation.report import write_report
 from geolrm_jax.evaluation.results import EvaluationResults, environment
 from geolrm_jax.evaluation.runner import SURFACE, evaluate_objects, peak_memory_bytes
-from geolrm_jax.export.ply import write_ply
+from geolrm_jax.export.ply import Flavour, write_ply
 from geolrm_jax.export.video import write_video
 from geolrm_jax.geometry.cameras import turntable
-from geolrm_jax.inference import reconstruct
+from geolrm_jax.inference import reconstruct, reconstruct_and_count
 from geolrm_jax.rendering import Renderer
 from geolrm_jax.runtime import logging
 from geolrm_jax.scene import Gaussians, Views
 from geolrm_jax.starting import restore_model, start
 from geolrm_jax.training.loop import Trainer, train
+from geolrm_jax.weights import provenance
 from geolrm_jax.weights.lpips import load_lpips
 
 PICTURED = 12  # objects with pictures in a report
@@ -42,11 +43,12 @@ def run(experiment: Experiment, workdir: Path) -> None:
     logging.notice(f"{experiment.name}: {workdir} on {jax.device_count()} x {jax.devices()[0].device_kind}")
     experiment = experiment.absolute()
     check_workdir(experiment, workdir)
-    if (workdir / "weights.json").exists():
+    if "released" in provenance.read(workdir):
         raise ValueError(
             f"{workdir} holds imported weights: to go on from them, train elsewhere with --start-from {workdir}"
         )
     check_batches(experiment)
+    record_weights(experiment, workdir)
     data = build_shown(experiment.data, data_directory(experiment, workdir))
     check_protocol(experiment, data)
     write_config(experiment, workdir)
@@ -98,6 +100,15 @@ def check_batches(experiment: Experiment) -> None:
             )
 
 
+def record_weights(experiment: Experiment, workdir: Path) -> None:
+    """Writes which files of published weights the run uses, so that a missing one is known at once."""
+    objective = experiment.reconstruction and experiment.reconstruction.objective
+    files = {"dinov2": experiment.dinov2_weights, "lpips": getattr(objective, "lpips_weights", None)}
+    for role, file in files.items():
+        if file:
+            provenance.record(workdir, role, file)
+
+
 def check_protocol(experiment: Experiment, data: Path) -> None:
     """Raises a ValueError if the set cannot be evaluated: better before the training than after."""
     record = open_split(data, "test")[0]
@@ -137,7 +148,13 @@ def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path) -
 
 
 def evaluate(
-    workdir: Path, *, step: str | int = "latest", data: Path | None = None, objects: int | None = None, out=None
+    workdir: Path,
+    *,
+    step: str | int = "latest",
+    data: Path | None = None,
+    objects: int | None = None,
+    lpips_weights: str | None = None,
+    out: Path | None = None,
 ) -> Path:
     """Evaluates a checkpoint on the objects kept from training, or on `data`, and returns the path of report.json.
 
@@ -146,14 +163,15 @@ def evaluate(
       step: of the reconstruction stage.
       data: a built set, whose test split is used, or a folder in the GObjaverse layout, all of it.
       objects: only the first so many.
+      lpips_weights: of the metric; by default the file that the config names.
       out: folder of the report; by default `workdir/eval/STEP`, with the name of `data` behind it if that is given.
     """
     experiment = read_config(workdir)
     model, number = restore_model(experiment, workdir, step)
     out = Path(out) if out else workdir / "eval" / (f"{number}-{data.resolve().name}" if data else str(number))
-    records = open_records(experiment, workdir, data, out)
-    lpips_file = experiment.reconstruction.objective.lpips_weights
+    lpips_file = lpips_weights or experiment.reconstruction.objective.lpips_weights
     lpips, lpips_hash = load_lpips(lpips_file) if lpips_file else (None, None)
+    records = open_records(experiment, workdir, data, out)
     if lpips is None:
         logging.notice("evaluation: no LPIPS weights file, the metric is off")
     chosen = range(len(records))[:objects]
@@ -177,6 +195,8 @@ def evaluate(
 
 def open_records(experiment: Experiment, workdir: Path, data: Path | None, out: Path) -> RecordSource:
     """The objects to evaluate on; a folder in the GObjaverse layout is built into `out/data` first."""
+    if data is None and "released" in provenance.read(workdir):
+        raise ValueError(f"{workdir} holds imported weights and no data: name some with --data")
     if data is None:
         return open_split(data_directory(experiment, workdir), "test")
     if not (data / "data_config.json").is_file():
@@ -207,7 +227,14 @@ def to_views(images: PosedImages) -> Views:
 
 
 def infer(
-    workdir: Path, folder: Path, out: Path, *, inputs: Sequence[int] | None, step: str | int = "latest", size: int = 256
+    workdir: Path,
+    folder: Path,
+    out: Path,
+    *,
+    inputs: Sequence[int] | None,
+    step: str | int = "latest",
+    size: int = 256,
+    flavour: Flavour = "3dgs",
 ) -> None:
     """Reconstructs the object that a folder of posed images shows, into `out`.
 
@@ -218,6 +245,7 @@ def infer(
       inputs: numbers of the views to use; None for all.
       step: of the reconstruction stage.
       size: side of the turntable in pixels.
+      flavour: of gaussians.ply.
     """
     read = read_transforms if (folder / "transforms.json").is_file() else read_gobjaverse
     images = read(folder, inputs)
@@ -225,21 +253,20 @@ def infer(
     model, number = restore_model(experiment, workdir, step)
     views = to_views(images)
     jax.block_until_ready(reconstruct(model, views))
-    start = time.perf_counter()
-    gaussians = jax.block_until_ready(reconstruct(model, views))
-    seconds = time.perf_counter() - start
-    count = export(gaussians, out, size=size)
-    if gaussians.mask.all():
-        logging.warn(f"all {model.max_anchors} anchors are used: evaluation.max_anchors may leave out occupied voxels")
-    if count == 0:
+    begun = time.perf_counter()
+    gaussians, occupied = jax.block_until_ready(reconstruct_and_count(model, views))
+    seconds = time.perf_counter() - begun
+    count = export(gaussians, out, size=size, flavour=flavour)
+    if occupied > model.max_anchors:
+        logging.warn(f"{occupied} voxels were found occupied, evaluation.max_anchors uses {model.max_anchors} of them")
+    if occupied == 0:
         logging.warn("no voxel was found occupied: there is nothing to draw")
-    anchors = count // experiment.model.reconstruction.decoder.gaussians_per_anchor
     logging.summary(
         f"{folder}: reconstructed from {len(images.view_ids)} views",
         [
             ("checkpoint", f"step {number} of {workdir}"),
             ("seconds", f"{seconds:.3f} from images in memory to Gaussians, compilation excluded"),
-            ("anchors", f"{anchors:,}"),
+            ("anchors", f"{min(int(occupied), model.max_anchors):,}"),
             ("Gaussians", f"{count:,} in {out / 'gaussians.ply'}"),
             ("turntable", str(out / "turntable.mp4")),
         ],
@@ -247,10 +274,10 @@ def infer(
     )
 
 
-def export(gaussians: Gaussians, out: Path, *, size: int) -> int:
+def export(gaussians: Gaussians, out: Path, *, size: int, flavour: Flavour = "3dgs") -> int:
     """Writes gaussians.ply and turntable.mp4; returns the number of Gaussians."""
     out.mkdir(parents=True, exist_ok=True)
-    count = write_ply(out / "gaussians.ply", gaussians)
+    count = write_ply(out / "gaussians.ply", gaussians, flavour)
     write_video(out / "turntable.mp4", turntable_frames(gaussians, size), fps=24)
     return count
 

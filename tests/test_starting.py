@@ -76,21 +76,41 @@ def pick(tree, path):
     return tree
 
 
-def test_values_take_their_place_in_the_state_or_are_refused():
+def test_values_take_their_place_and_averages_start_from_them():
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state = {"params": {"a": {"x": np.zeros(2), "y": np.zeros(3)}}, "step": np.zeros(())}
+    params = {"a": {"x": np.zeros(2), "y": np.zeros(3)}, "b": np.zeros(1)}
+    state = {"params": params, "ema": {"a": jax.tree.map(np.copy, params["a"])}, "step": np.zeros(())}
     shardings = jax.tree.map(lambda _: one, state)
     new = with_values(state, {"params": {"a": {"y": np.ones(3)}}}, shardings)
-    same(new, {"params": {"a": {"x": np.zeros(2), "y": np.ones(3)}}, "step": np.zeros(())})
-    with pytest.raises(ValueError, match=r"do not fit the model: params.a.y \(4,\)"):
-        with_values(state, {"params": {"a": {"y": np.ones(4)}}}, shardings)
-    with pytest.raises(ValueError, match=r"params.b \(\)"):
-        with_values(state, {"params": {"b": np.ones(())}}, shardings)
+    after = {"x": np.zeros(2), "y": np.ones(3)}
+    same(new, {"params": {"a": after, "b": np.zeros(1)}, "ema": {"a": after}, "step": np.zeros(())})
+
+
+def test_networks_that_are_not_whole_or_of_other_shapes_are_refused(tiny, rng, tmp_path):
+    another_run(tiny, tmp_path / "other", "reconstruction", rng)
+    network = tiny.model.reconstruction
+
+    def starting_with(**changes):
+        model = dataclasses.replace(tiny.model, reconstruction=dataclasses.replace(network, **changes))
+        return dataclasses.replace(tiny, model=model, proposal=None, start_from=str(tmp_path / "other"))
+
+    registers = dataclasses.replace(network.encoder, vit=dataclasses.replace(network.encoder.vit, registers=4))
+    with pytest.raises(ValueError, match=r"reconstruction.encoder.vit.registers: nothing there, \(4, 12\) in this"):
+        start(starting_with(encoder=registers), "reconstruction", tmp_path)
+    decoder = dataclasses.replace(network.decoder, gaussians_per_anchor=3)
+    with pytest.raises(ValueError, match=r"decoder.hidden.bias: \(28,\) there, \(42,\) in this config"):
+        start(starting_with(decoder=decoder), "reconstruction", tmp_path)
+
+
+def test_a_stage_without_a_complete_checkpoint_is_passed_over(tiny, rng, tmp_path):
+    own = another_run(tiny, tmp_path, "proposal", rng)
+    (tmp_path / "reconstruction" / "checkpoints").mkdir(parents=True)
+    same(start(dataclasses.replace(tiny, start_from=str(tmp_path)), "proposal", tmp_path / "new"), own)
 
 
 def test_nothing_to_start_from_is_said(tiny, tmp_path):
     with pytest.raises(ValueError, match="start_from must name a work directory"):
         dataclasses.replace(tiny, proposal=None)
     write_config(tiny, tmp_path)
-    with pytest.raises(FileNotFoundError, match="no stage has checkpoints"):
+    with pytest.raises(FileNotFoundError, match="no stage has a checkpoint"):
         start(dataclasses.replace(tiny, start_from=str(tmp_path)), "proposal", tmp_path)

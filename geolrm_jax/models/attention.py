@@ -50,7 +50,7 @@ class ReleasedHeadsAttention(SelfAttention):
 
     def mix(self, q, k, v, anchors: Anchors, key: Key[Array, ""] | None) -> Float[Array, "b n d"]:
         """softmax over the heads of one token; output (n, k) is head (n K + k) // N of token (n K + k) % N."""
-        scores = full(jnp.einsum("bnic,bnjc->bnij", q, k, precision="highest")) * q.shape[-1] ** -0.5
+        scores = _product("bnic,bnjc->bnij", q, k) * q.shape[-1] ** -0.5
         weights = jax.nn.softmax(dropout(scores, self.dropout, key), axis=-1)
         mixed = jnp.einsum("bnij,bnjc->bnic", weights.astype(v.dtype), v, precision="highest")
         return jnp.swapaxes(mixed, 1, 2).reshape(*mixed.shape[:2], -1)

@@ -17,6 +17,7 @@ from kernels_pallas.deformable_attention import multiview_deformable_attention
 
 ViewMask = Literal["visible", "none"]
 Projection = Literal["camera", "mirrored"]
+OUTSIDE = -10.0  # as a fraction of the image
 
 
 @pytree
@@ -53,7 +54,8 @@ def look(
     """
     pixels, z = project(views.cameras, anchors.positions)
     size = jnp.array([views.cameras.width, views.cameras.height], pixels.dtype)
-    points = pixels / size
+    # The camera of a view that only pads the array may be anything: its points lie outside of every map.
+    points = jnp.where(jnp.isfinite(pixels), pixels / size, OUTSIDE)
     if projection == "mirrored":
         off_center = jnp.asarray(views.cameras.intrinsics)[..., 0, 2] / views.cameras.width - 0.5
         points = points.at[..., 0].add(-2.0 * off_center[..., None])

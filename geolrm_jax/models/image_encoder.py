@@ -79,7 +79,7 @@ class ImageEncoder(nnx.Module):
         """
         check_input_size(views.cameras.height, views.cameras.width)
         scenes = views.rgb.shape[0]
-        images = (views.over(1.0) - _MEAN) / _STD
+        images = normalised(views)
         valid = rearrange(views.valid, "b v -> (b v)")
         maps = tuple(getattr(self, f"{level}_level")(images, views, valid, train) for level in self.config.levels)
         return tuple(rearrange(m, "(b v) h w c -> b v h w c", b=scenes) for m in maps)
@@ -99,6 +99,11 @@ class ImageEncoder(nnx.Module):
         """DINOv2's patch tokens, twice as dense."""
         tokens = self.vit(rearrange(images, "b v h w c -> (b v) h w c"))
         return self.high_norm(self.upsample(tokens), valid, train=train)
+
+
+def normalised(views: Views) -> Float[Array, "b v h w 3"]:
+    """The pictures over white, with ImageNet's mean and deviation."""
+    return (views.over(1.0) - _MEAN) / _STD
 
 
 def check_input_size(height: int, width: int) -> None:

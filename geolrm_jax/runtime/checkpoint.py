@@ -168,6 +168,7 @@ class Checkpoints:
                 wanted = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
                 found = checkpointer.restore(folder, args=wanted)
             except (ValueError, KeyError, OSError) as error:
+                checkpointer.close()
                 raise self._incomplete(step, error) from error
             for key in keys:
                 found = found[key]
@@ -200,6 +201,7 @@ class Checkpoints:
 
     def _incomplete(self, step: int, why: object) -> ValueError:
         first = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
+        first = first.split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
         return ValueError(f"checkpoint {self.directory / str(step)} is incomplete or does not fit: {first}")
 
     def wait(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
@@ -64,6 +65,8 @@ class StageConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch % self.accumulation:
             raise ValueError(f"batch {self.batch} must be a multiple of accumulation {self.accumulation}")
+        if self.view_rule == "released" and self.views < RING_VIEWS:
+            raise ValueError(f'view_rule "released" needs at least {RING_VIEWS} views, got {self.views}')
         first = RING_VIEWS if self.view_rule == "released" else self.views
         if not self.inputs or min(self.inputs) < 1 or max(self.inputs) > first:
             raise ValueError(f"inputs {self.inputs} must lie between 1 and {first}")
@@ -192,24 +195,14 @@ def with_inputs(batch: Batch, views: tuple[int, ...]) -> Batch:
 
 
 def with_values(state: State, values: Mapping[str, Any], shardings: Any) -> State:
-    """`state` with `values`, a part of its tree, in the place of what it holds there.
-
-    Raises:
-      ValueError: if they have other names or shapes; it lists the first few.
-    """
+    """`state` with `values`, a part of its tree, in the place of what it holds there; averages start from them too."""
     flat, where = (traverse_util.flatten_dict({k: tree[k] for k in values}) for tree in (state, shardings))
-    new = traverse_util.flatten_dict(dict(values))
-    wrong = [
-        f"{'.'.join(path)} {np.shape(x)}"
-        for path, x in new.items()
-        if path not in flat or np.shape(flat[path]) != np.shape(x)
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"the weights to start from do not fit the model: {', '.join(wrong[:5])}{more}")
-    for path, x in new.items():
+    for path, x in traverse_util.flatten_dict(dict(values)).items():
         flat[path] = jax.device_put(x, where[path], may_alias=False)
-    return {**state, **traverse_util.unflatten_dict(flat)}
+    state = {**state, **traverse_util.unflatten_dict(flat)}
+    if "ema" in state:
+        state["ema"] = jax.tree.map(jnp.copy, {name: state["params"][name] for name in state["ema"]})
+    return state
 
 
 class Monitor:

@@ -161,8 +161,8 @@ class ReconstructionObjective(Objective):
         mse = jax.lax.stop_gradient(mean_over_views((rendered.rgb - pictures) ** 2, targets.valid))
         metrics = {
             "psnr": -10.0 * jnp.log10(mse),
-            "anchors": anchors.mask.sum(-1).mean(dtype=jnp.float32),
-            "anchors_dropped": jnp.mean(occupied - anchors.mask.sum(-1), dtype=jnp.float32),
+            "anchors": jnp.mean(jnp.minimum(occupied, self.max_anchors), dtype=jnp.float32),
+            "anchors_dropped": jnp.mean(jnp.maximum(occupied - self.max_anchors, 0), dtype=jnp.float32),
             "overflow": rendered.overflow,
             "invalid_gaussians": rendered.invalid,
         }

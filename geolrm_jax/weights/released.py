@@ -26,6 +26,7 @@ from geolrm_jax.weights.names import (
     Leaf,
     Row,
     check,
+    collapse,
     match,
     nest,
     renamed,
@@ -96,6 +97,14 @@ class Plan:
     def consumed(self) -> int:
         """Keys of the file that the model takes."""
         return sum(len(leaf.keys) for leaf in self.leaves)
+
+    def check_types(self, dtypes: Mapping[str, np.dtype], where: str) -> tuple[str, ...]:
+        """Raises a ValueError if integers stand for floats or the other way; returns keys that lose bits here."""
+        ours = {self.names[key]: leaf.dtype for leaf in self.leaves for key in leaf.keys}
+        wrong = [f"{key} is {dtypes[key]}" for key, dtype in ours.items() if dtypes[key].kind != dtype.kind]
+        if wrong:
+            raise ValueError(f"{where}: of another type than the model's: {', '.join(collapse(wrong))}")
+        return tuple(key for key, dtype in ours.items() if dtype.kind == "f" and dtypes[key].itemsize > dtype.itemsize)
 
     def streamed(self, read: Read, written: Callable[[int], None]) -> dict[str, Any]:
         """`params` and `batch_stats` for `save_streamed`; `written` is told how many arrays were loaded."""

@@ -108,3 +108,10 @@ def test_points_behind_the_camera_stay_finite():
     rig = geometry.turntable(1, size=16)
     pixels, z = geometry.project(rig, jnp.array([[10.0, 0, 0], [1.9, 0, 0.5]]))
     assert (np.asarray(z) <= 1e-5).all() and np.isfinite(np.asarray(pixels)).all()
+
+
+def test_rigs_that_do_not_exist():
+    with pytest.raises(ValueError, match="no rig of 5 views"):
+        geometry.zero123plus_rig(5)
+    with pytest.raises(ValueError, match=r"1\.1"):
+        geometry.zero123plus_rig(version="1.1")

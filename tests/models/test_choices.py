@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from geolrm_jax.geometry.cameras import camera_from_world, plucker, turntable
 from geolrm_jax.geometry.voxels import released_indices
-from geolrm_jax.models.deformable_attention import Features, look
+from geolrm_jax.models.deformable_attention import Features, look, ring_offsets
 from geolrm_jax.models.dinov2 import ViTConfig
 from geolrm_jax.models.gaussian_decoder import GaussianDecoderConfig
 from geolrm_jax.models.geo_transformer import TransformerConfig
@@ -203,3 +203,31 @@ def test_offsets_of_the_decoder(rng, offset, low):
     means = decoder(jnp.array(rng.normal(size=(1, 9, 12)) * 20, jnp.float32), anchors).means
     away = np.asarray(means.reshape(1, 9, 50, 3) - anchors.positions[:, :, None])
     np.testing.assert_allclose([away.min(), away.max()], [low, 0.2], atol=1e-3)
+
+
+def test_initial_offsets_are_the_ring_of_deformable_detr():
+    ring = ring_offsets(8, 2, 4).reshape(8, 2, 4, 2)
+    np.testing.assert_allclose(np.abs(ring).max(-1), np.broadcast_to(np.arange(1, 5), (8, 2, 4)), rtol=1e-6)
+    np.testing.assert_allclose(np.arctan2(ring[1, 0, :, 1], ring[1, 0, :, 0]), np.pi / 4, rtol=1e-5)
+
+
+def test_a_padded_view_without_a_camera_stays_finite(rng):
+    views, anchors = make_views(rng), make_anchors(rng)
+    cameras = dataclasses.replace(views.cameras, world_from_camera=views.cameras.world_from_camera.at[0, 1].set(0.0))
+    views = dataclasses.replace(views, cameras=cameras, valid=views.valid.at[0, 1].set(False))
+    for mask in ("visible", "none"):
+        assert np.isfinite(make_transformer(view_mask=mask)(anchors, views, make_maps(rng))).all()
+
+
+def test_released_heads_have_float32_scores(rng):
+    """The bfloat16 model's scores, and what is normalised, are no coarser than float32."""
+    network = dataclasses.replace(TRANSFORMER, self_attention="released_heads").make(
+        6, 2, nnx.Rngs(0), Precision("bfloat16")
+    )
+    block = jax.tree.map(lambda x: x[0], network.blocks)
+    q = jnp.array(rng.normal(size=(1, 9, 2, 6)), jnp.bfloat16)
+    traced = jax.make_jaxpr(lambda q: block.self_attention.mix(q, q, q, make_anchors(rng), None))(q)
+    exponentials = [e for e in traced.eqns if e.primitive.name == "exp"]
+    dots = [e for e in traced.eqns if e.primitive.name == "dot_general"]
+    assert exponentials and all(e.outvars[0].aval.dtype == jnp.float32 for e in exponentials)
+    assert dots[0].outvars[0].aval.dtype == jnp.float32

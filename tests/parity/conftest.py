@@ -43,6 +43,7 @@ def released_config(sizes: dict) -> GeoLRMConfig:
             heads=part["transformer_heads"],
             points=part["num_deform_points"],
             rope_grid=part["grid_size"],
+            rope_scale=part.get("scale", 0.5),
             dropout=0.0,
         )
         encoder = dataclasses.replace(config.encoder, vit=vit, channels=part["encoder_feat_dim"])

@@ -75,8 +75,10 @@ def test_proposal(released):
     tokens = released.model(self_attention="tokens").proposal
     released.close(tokens(released.views), vectors["ser_flash/occ_logits"], END)
 
+    # Logits this close to zero may have either sign.
+    near = np.abs(logits) < END * np.abs(vectors["ser/occ_logits"]).max()
     occupied = np.asarray(logits) > 0
-    np.testing.assert_array_equal(occupied.sum((1, 2, 3)), vectors["ser/n_occupied"])
+    assert (np.abs(occupied.sum((1, 2, 3)) - vectors["ser/n_occupied"]) <= near.sum((1, 2, 3))).all()
     count = vectors["ser/points"].shape[1]
     anchors = select_anchors(logits, count, jax.random.key(0), "origin")
     ours, theirs = np.asarray(anchors.positions), vectors["ser/points"]
@@ -84,7 +86,7 @@ def test_proposal(released):
         there = set(map(tuple, theirs[scene][mask]))
         here = set(map(tuple, ours[scene])) - (set() if mask.all() else {(0.0, 0.0, 0.0)})
         if occupied[scene].sum() <= count:
-            assert here == there
+            assert len(here ^ there) <= near[scene].sum()
         else:  # random subsets of the same voxels
             every = np.asarray(voxel_positions(jnp.argwhere(jnp.asarray(occupied[scene])), occupied.shape[-1]))
             assert len(here) == count and here | there <= set(map(tuple, every))

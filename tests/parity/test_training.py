@@ -47,9 +47,7 @@ def test_released_config_has_the_released_parameters(parity):
         for key, shape in ((key, leaf.there_shape) for key in leaf.keys)
     }
     for part, count in truth["param_counts"].items():
-        prefix = {"ALL": "", "serializer.TOTAL": "serializer.", "lrm_generator.TOTAL": "lrm_generator."}.get(
-            part, f"{part}"
-        )
+        prefix = {"ALL": "", "serializer.TOTAL": "serializer.", "lrm_generator.TOTAL": "lrm_generator."}.get(part, part)
         assert sum(size for key, size in trained.items() if key.startswith(prefix)) == count, part
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0), Precision()))
     assert sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))) == truth["param_counts"]["ALL"]

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from geolrm_jax.models.deformable_attention import Features, ring_offsets
+from geolrm_jax.models.deformable_attention import Features
 from geolrm_jax.models.rope3d import rope3d
 from geolrm_jax.scene import Anchors
 from kernels_pallas.deformable_attention import deformable_attention
@@ -66,10 +66,3 @@ def test_deformable_cross_attention(released):
     released.close(module.view_logit(jnp.array(sampled)), vectors["dca/view_logits"], TOLERANCE)
     # The released module adds its own residual, the query.
     released.close(module(query, anchors, features) + query, vectors["dca/out"], TOLERANCE)
-
-
-def test_initial_offsets_are_the_ring_of_deformable_detr():
-    # The released file's weights are trained or perturbed; the ring is checked by its own geometry.
-    ring = ring_offsets(8, 2, 4).reshape(8, 2, 4, 2)
-    np.testing.assert_allclose(np.abs(ring).max(-1), np.broadcast_to(np.arange(1, 5), (8, 2, 4)), rtol=1e-6)
-    np.testing.assert_allclose(np.arctan2(ring[1, 0, :, 1], ring[1, 0, :, 0]), np.pi / 4, rtol=1e-5)

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from geolrm_jax import cli, load_model
 from geolrm_jax.config import load_config, read_config
 from geolrm_jax.export.ply import read_ply
+from geolrm_jax.weights import provenance
 from geolrm_jax.weights.files import TensorFile
 from geolrm_jax.weights.released import convert, released_leaves
 
@@ -56,7 +57,7 @@ def test_a_work_directory_is_complete(workdir, file, tiny):
     assert read_config(workdir) == load_config(tiny).absolute()
     source = json.loads((workdir / "weights.json").read_text())
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert source == {"file": "released.safetensors", "bytes": file.stat().st_size, "sha256": digest}
+    assert source == {"released": {"file": "released.safetensors", "bytes": file.stat().st_size, "sha256": digest}}
     checkpoints = workdir / "reconstruction" / "checkpoints"
     assert [folder.name for folder in (checkpoints / "0").iterdir() if folder.is_dir()] == ["model"]
     assert digest in (checkpoints / "metadata" / "_ROOT_METADATA").read_text()
@@ -158,3 +159,35 @@ def test_inference_and_evaluation_run_on_an_imported_model(workdir, real_renders
     arguments = ["eval", "--workdir", str(workdir), "--data", str(real_renders), "--objects", "1"]
     assert cli.main([*arguments, "--out", str(tmp_path / "eval")]) == 0
     assert json.loads((tmp_path / "eval" / "report.json").read_text())["checkpoint_step"] == 0
+
+
+def test_types_are_checked_and_what_loses_bits_is_said(arrays, tiny, tmp_path, capsys):
+    file, key = tmp_path / "typed.safetensors", "serializer.upsample.bias"
+    arguments = ("weights", "import", "--from", str(file), "--config", tiny, "--to")
+    save_file({**arrays, key: arrays[key].astype(np.int32)}, file)
+    assert f"{key} is int32" in fails(capsys, *arguments[1:], tmp_path / "int")
+    save_file({**arrays, key: arrays[key].astype(np.float64) * np.nan}, file)
+    assert cli.main([*arguments, str(tmp_path / "wide")]) == 0
+    out = capsys.readouterr()
+    assert "1 tensors of 64 bits, to float32" in out.out
+    assert f"NaN or infinity in {key}" in out.out + out.err
+
+
+def test_evaluation_of_an_import_asks_for_data(workdir, capsys):
+    capsys.readouterr()
+    assert cli.main(["eval", "--workdir", str(workdir)]) == 1
+    assert "holds imported weights and no data: name some with --data" in capsys.readouterr().err
+
+
+def test_other_weights_than_a_run_began_with_are_refused(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    entry = provenance.record(tmp_path / "w", "lpips", tmp_path / "a")
+    assert entry["sha256"] == hashlib.sha256(b"a").hexdigest()
+    provenance.record(tmp_path / "w", "dinov2", tmp_path / "b")
+    provenance.record(tmp_path / "w", "lpips", tmp_path / "a")
+    assert list(provenance.read(tmp_path / "w")) == ["lpips", "dinov2"]
+    with pytest.raises(ValueError, match="begun with other lpips weights"):
+        provenance.record(tmp_path / "w", "lpips", tmp_path / "b")
+    with pytest.raises(FileNotFoundError, match="no such file of lpips weights"):
+        provenance.record(tmp_path / "w", "lpips", tmp_path / "none")
