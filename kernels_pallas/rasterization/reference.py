@@ -108,7 +108,8 @@ def forward(table: Float[Array, "n k"], pairs: Pairs, grid: Grid, max_alpha: flo
         jnp.zeros((tiles + 1, PIXELS), jnp.int32),
         jnp.zeros(tiles + 1, jnp.int32),
     )
-    _, out = lax.while_loop(lambda state: jnp.any(state[0].place < busy), step, (Queue.over(tiles), empty))
+    state = _varying_as(start, (Queue.over(tiles), empty))
+    _, out = lax.while_loop(lambda state: jnp.any(state[0].place < busy), step, state)
     out = jax.tree.map(lambda a: a[:-1], out)
     return out._replace(transmittance=jnp.abs(out.transmittance))
 
@@ -168,8 +169,14 @@ def backward(
 
     behind = blended.transmittance * pad(transmittance_bar)
     gradients = jnp.zeros((pairs.slot.size, table.shape[1]), table.dtype)
-    state = (Queue.over(tiles), blended.transmittance, behind, gradients)
+    state = _varying_as(start, (Queue.over(tiles), blended.transmittance, behind, gradients))
     return lax.while_loop(lambda state: jnp.any(state[0].place < busy), step, state)[-1]
+
+
+def _varying_as(reference: Array, tree):
+    """The same numbers, typed inside `shard_map` as varying over the devices, which a loop's carry must be at once."""
+    zero = jnp.zeros_like(reference[0])
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
 
 def _longest_first(chunks: Int[Array, "tiles"]) -> tuple[Int[Array, "tiles_and_one"], Int[Array, ""]]:
