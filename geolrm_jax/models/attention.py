@@ -156,7 +156,7 @@ def _backward(block, queries, keys, values, mask, d_out, log_total, shared):
             d_values = sums[1] + _product("gnc,gnm->gcm", d_out, weights)
             return (d_keys, d_values), _product("gnm,gmc->gnc", d_scores, keys).astype(queries.dtype)
 
-        zeros = tuple(jnp.zeros(x.swapaxes(1, 2).shape, full(x).dtype) for x in (keys, values))
+        zeros = tuple(jnp.zeros_like(full(x).swapaxes(1, 2)) for x in (keys, values))
         return jax.lax.scan(rows, zeros, tuple(by_row))
 
     together, size = block

@@ -9,7 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
@@ -61,9 +60,7 @@ def _sample(
 
     Rematerialised: between forward and backward nothing is kept but the arguments.
     """
-    corners = _corners(pixels, weights, maps.shape[1:3])
-    # Without the barrier XLA fuses all of that into the gathers and computes it anew for every channel.
-    index, corner_weights = jax.lax.optimization_barrier(corners)
+    index, corner_weights = _corners(pixels, weights, maps.shape[1:3])
     return _weighted_rows(rearrange(maps, "b h w k c -> b (h w k) c"), index, corner_weights)
 
 
@@ -98,13 +95,19 @@ def _weighted_rows(
 ) -> Float[Array, "b n k c"]:
     """Sum over p and q of weight times the table's row, in the weights' dtype.
 
-    Unrolled, so that XLA fuses each gather with its product and sum: gathering all rows first took several times as
-    long on CPU.
+    On CPU a gather that is fused with its product and sum takes a fraction of the time of rows gathered first. XLA
+    fuses so within a loop; the result of straight code it may compute in each of its consumers, from gathered rows.
     """
-    out = jnp.zeros((*index.shape[:3], table.shape[-1]), weights.dtype)
-    for point, corner in np.ndindex(index.shape[3:]):
-        out += _rows(table, index[..., point, corner]).astype(out.dtype) * weights[..., point, corner, None]
-    return out
+
+    def add_points(out, index_and_weights):
+        index, weights = index_and_weights
+        for corner in range(index.shape[-1]):
+            out += _rows(table, index[..., corner]).astype(out.dtype) * weights[..., corner, None]
+        return out, None
+
+    by_point = tuple(jnp.moveaxis(x, 3, 0) for x in (index, weights))
+    out = jnp.repeat(jnp.zeros_like(weights[..., 0, :1]), table.shape[-1], axis=-1)
+    return jax.lax.scan(add_points, out, by_point, unroll=2 if len(by_point[0]) > 2 else 1)[0]
 
 
 @jax.vmap
@@ -129,8 +132,7 @@ def _weighted_rows_backward(residuals, d_out):
 
     def block(d_table, arrays):
         index, weights, d_out = arrays
-        # One product after the gather: fused into it, the short sums over channels are not vectorised.
-        rows = jax.lax.optimization_barrier(_rows(table, index)).astype(d_out.dtype)
+        rows = _rows(table, index).astype(d_out.dtype)
         d_weights = jnp.einsum("bnkpqc,bnkc->bnkpq", rows, d_out, precision="highest")
         return _add_rows(d_table, index, weights[..., None] * d_out[..., None, None, :]), d_weights
 
@@ -138,7 +140,7 @@ def _weighted_rows_backward(residuals, d_out):
         padded = jnp.pad(x, ((0, 0), (0, -count % queries), *((0, 0),) * (x.ndim - 2)))  # zeros weigh nothing
         return rearrange(padded, "b (s n) ... -> s b n ...", n=queries)
 
-    start = jnp.zeros(table.shape, weights.dtype)
+    start = jnp.zeros_like(table, weights.dtype)
     d_table, d_weights = jax.lax.scan(block, start, (split(index), split(weights), split(d_out)))
     return d_table.astype(table.dtype), None, rearrange(d_weights, "s b n ... -> b (s n) ...")[:, :count]
 

@@ -112,6 +112,18 @@ def test_no_key_at_all_gives_zero_and_no_gradient(rng):
         np.testing.assert_array_equal(array, 0.0)
 
 
+def test_works_inside_shard_map(rng):
+    *qkv, mask = make(rng, 5)
+
+    def gradients(*arguments):
+        return jax.grad(lambda *qkv: jnp.sum(module.attention(*qkv, arguments[3]) ** 2), (0, 1, 2))(*arguments[:3])
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    data = jax.sharding.PartitionSpec("data")
+    mapped = jax.jit(jax.shard_map(gradients, mesh=mesh, in_specs=data, out_specs=data))
+    jax.tree.map(np.testing.assert_array_equal, mapped(*qkv, mask), jax.jit(gradients)(*qkv, mask))
+
+
 def test_memory_is_linear_in_the_number_of_tokens():
     def temporaries(count):
         q = jax.ShapeDtypeStruct((1, count, 4, 12), jnp.float32)

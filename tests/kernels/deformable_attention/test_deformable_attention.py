@@ -73,6 +73,18 @@ def test_blocks_of_queries_change_nothing(rng, samples, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), out_and_gradients(), whole)
 
 
+def test_works_inside_shard_map(rng):
+    arguments = jax.tree.map(lambda x: jnp.array(x, jnp.float32), make(rng))
+
+    def gradients(*arguments):
+        return jax.grad(lambda *moved: jnp.sum(deformable_attention(*moved) ** 2), (0, 1, 2))(*arguments)
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    data = jax.sharding.PartitionSpec("data")
+    mapped = jax.jit(jax.shard_map(gradients, mesh=mesh, in_specs=data, out_specs=data))
+    jax.tree.map(np.testing.assert_array_equal, mapped(*arguments), jax.jit(gradients)(*arguments))
+
+
 def make_views(rng, batch=2, views=3, count=5, heads=2, points=3, channels=4):
     features = tuple(rng.normal(size=(batch, views, *s, heads, channels)) for s in ((6, 8), (3, 5)))
     reference = rng.uniform(0.05, 0.95, (batch, views, count, 2))
