@@ -145,7 +145,7 @@ class Rendering:
       rgb: colour over the background.
       alpha: accumulated opacity.
       depth: sum of weight times z, or that divided by alpha, as asked.
-      normal: world normals turned to the camera, or None.
+      normal: sum of weight times the Gaussians' normals in the world, turned to the camera, or None.
       overflow: (Gaussian, tile) pairs that did not fit the capacity, over the whole call; 0 in a complete picture.
       invalid: Gaussians left out because a value was not finite.
     """

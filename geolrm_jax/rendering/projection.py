@@ -28,6 +28,7 @@ class Projected(NamedTuple):
       x, y: centres in pixels.
       xx, xy, yy: covariance in pixels squared, dilation included.
       determinant: of that covariance.
+      undilated: determinant of the covariance without dilation.
       depth: camera z.
       visible: False where the centre is not between the near and far planes, and for a covariance that is singular
         or too large for float32; the other values are finite there too, and mean nothing.
@@ -39,6 +40,7 @@ class Projected(NamedTuple):
     xy: Float[Array, "*batch g"]
     yy: Float[Array, "*batch g"]
     determinant: Float[Array, "*batch g"]
+    undilated: Float[Array, "*batch g"]
     depth: Float[Array, "*batch g"]
     visible: Bool[Array, "*batch g"]
 
@@ -86,7 +88,9 @@ def project(
         arrow = fx / z * (u - slope_x * w), fy / z * (v - slope_y * w)
         drawn &= jnp.maximum(jnp.abs(arrow[0]), jnp.abs(arrow[1])) < MAX_SIGMA
         arrows.append(arrow)
-    xx, xy, yy, determinant = _covariance([[jnp.where(drawn, p, 0) for p in arrow] for arrow in arrows], eps2d)
+    xx, xy, yy, determinant, undilated = _covariance(
+        [[jnp.where(drawn, p, 0) for p in arrow] for arrow in arrows], eps2d
+    )
     return Projected(
         x=k[..., 0, 0, :] * x + k[..., 0, 1, :] * y + k[..., 0, 2, :],
         y=k[..., 1, 0, :] * x + k[..., 1, 1, :] * y + k[..., 1, 2, :],
@@ -94,6 +98,7 @@ def project(
         xy=xy,
         yy=yy,
         determinant=determinant,
+        undilated=undilated,
         depth=depth,
         visible=drawn & (determinant > 0),
     )
@@ -110,11 +115,22 @@ def _clamp_slope(slope: Array, focal: Array, centre: Array, size: int) -> Array:
     return jnp.clip(slope, -(centre / focal + margin), (size - centre) / focal + margin)
 
 
-def _covariance(arrows: list[list[Array]], eps2d: float) -> tuple[Array, Array, Array, Array]:
-    """xx, xy, yy and determinant of sum_k p_k p_k^T + eps2d I for three arrows p_k = (x_k, y_k).
+def _covariance(arrows: list[list[Array]], eps2d: float) -> tuple[Array, Array, Array, Array, Array]:
+    """xx, xy, yy and determinant of sum_k p_k p_k^T + eps2d I for three arrows p_k = (x_k, y_k), and that for eps2d 0.
 
     The determinant by Cauchy-Binet is a sum of squares: a needle's does not cancel, as xx yy - xy^2 would.
     """
     xx, xy, yy = (sum(p[i] * p[j] for p in arrows) for i, j in ((0, 0), (0, 1), (1, 1)))
     minors = sum((p[0] * q[1] - q[0] * p[1]) ** 2 for p, q in itertools.combinations(arrows, 2))
-    return xx + eps2d, xy, yy + eps2d, minors + eps2d * (xx + yy) + eps2d**2
+    return xx + eps2d, xy, yy + eps2d, minors + eps2d * (xx + yy) + eps2d**2, minors
+
+
+def antialiasing(projected: Projected) -> Float[Array, "*batch g"]:
+    """What dilation would add to each Gaussian's light: sqrt(det / det dilated) (Yu et al. 2024, Mip-Splatting, Eq. 9).
+
+    Zero, with a zero gradient, for needles and points too thin for the dtype.
+    """
+    p = projected
+    wide = p.visible & (p.undilated > jnp.finfo(p.undilated.dtype).tiny)
+    root, dilated_root = (jnp.sqrt(jnp.where(wide, d, 1)) for d in (p.undilated, p.determinant))
+    return jnp.where(wide, root / dilated_root, 0)

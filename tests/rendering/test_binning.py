@@ -35,7 +35,8 @@ def ellipses(rng):
 
 def run(ellipses, capacity):
     covariance, x, y, depth, opacities, visible = ellipses
-    single = (x, y, covariance[..., 0, 0], covariance[..., 0, 1], covariance[..., 1, 1], np.linalg.det(covariance))
+    determinants = np.linalg.det(covariance), np.linalg.det(covariance - 0.3 * np.eye(2))
+    single = (x, y, covariance[..., 0, 0], covariance[..., 0, 1], covariance[..., 1, 1], *determinants)
     projected = Projected(*(jnp.asarray(a, jnp.float32) for a in single), jnp.asarray(depth), jnp.asarray(visible))
     return jax.jit(make_pairs, static_argnums=(2, 3))(projected, jnp.asarray(opacities, jnp.float32), GRID, capacity)
 
@@ -55,7 +56,7 @@ def drawn_tiles(ellipses, image, i):
 def test_every_drawn_pixel_has_its_pair_and_few_pairs_draw_nothing(ellipses):
     pairs, gaussian, overflow = run(ellipses, 4000)
     assert overflow == 0
-    splat, slot, start = (np.asarray(a) for a in pairs)
+    splat, slot, start = (np.asarray(a) for a in (pairs.splat, pairs.slot, pairs.start))
     per_image, needed, made = GRID.tiles // GRID.images, 0, 0
     tiles = {(image, i): set() for image in range(GRID.images) for i in range(COUNT)}
     for tile in range(GRID.tiles):
@@ -75,7 +76,7 @@ def test_every_drawn_pixel_has_its_pair_and_few_pairs_draw_nothing(ellipses):
 
 def test_tiles_are_front_to_back_ties_in_order(ellipses):
     pairs, gaussian, _ = run(ellipses, 4000)
-    splat, slot, start = (np.asarray(a) for a in pairs)
+    splat, slot, start = (np.asarray(a) for a in (pairs.splat, pairs.slot, pairs.start))
     depth = np.ravel(ellipses[3])
     for tile in range(GRID.tiles):
         members = np.asarray(gaussian)[splat[slot[start[tile] : start[tile + 1]]]]
@@ -94,7 +95,7 @@ def test_capacity_keeps_the_first_and_counts_the_rest(ellipses):
 def test_more_pairs_than_32_bits_can_count_are_reported_not_wrapped():
     """Two images of 2^17 tiles, 2^14 splats that cover them: 2^32 pairs."""
     grid, shape = Grid(images=2, height=4096, width=8192), (2, 2**14)
-    full = [jnp.full(shape, value, jnp.float32) for value in (4096.0, 2048.0, 1e8, 0.0, 1e8, 1e16, 1.0)]
+    full = [jnp.full(shape, value, jnp.float32) for value in (4096.0, 2048.0, 1e8, 0.0, 1e8, 1e16, 1e16, 1.0)]
     pairs, _, overflow = make_pairs(Projected(*full, jnp.ones(shape, bool)), jnp.ones(shape), grid, 64)
     assert overflow == np.iinfo(np.int32).max
     assert pairs.start[-1] == 0
