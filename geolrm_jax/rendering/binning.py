@@ -147,7 +147,8 @@ def make_pairs(
     slot = stable_order(tile, grid.tiles.bit_length())
     start = jnp.searchsorted(tile[slot], jnp.arange(grid.tiles + 1, dtype=jnp.int32)).astype(jnp.int32)
     overflow = jnp.where(fits, jnp.maximum(ends[-1] - capacity, 0), jnp.iinfo(jnp.int32).max)
-    return Pairs(splat, slot, start), gaussian, overflow
+    first = jnp.pad(jnp.minimum(ends, capacity), (1, 0))
+    return Pairs(splat, slot, start, first), gaussian, overflow
 
 
 def countable(counts: Int[Array, "n"]) -> tuple[Int[Array, "n"], Bool[Array, ""]]:

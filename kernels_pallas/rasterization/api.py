@@ -1,22 +1,43 @@
 """Front-to-back blending of 2D Gaussians in tiles: the operation that hardware kernels implement.
 
-An implementation is a module with `forward` and `backward`, as in reference.py; the rest, which is common to all, is
-here: the choice, the derivative, and the sum of the pairs' gradients.
+An implementation is a module with `forward`, `backward` and `sum_by_splat`, as reference.py; what is common to all is
+here: the choice, the derivative, the order under vmap, and the images made of tiles.
 """
 
 import functools
-from typing import Literal, NamedTuple
+import re
+import warnings
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax import lax
 from jaxtyping import Array, Float
 
-from kernels_pallas.rasterization import reference
+from kernels_pallas.rasterization import pallas_gpu, reference
 from kernels_pallas.rasterization.shapes import TILE, Grid, Pairs
 
-Implementation = Literal["auto", "xla"]
-IMPLEMENTATIONS = {"xla": reference}
+Implementation = Literal["auto", "xla", "pallas_gpu", "pallas_gpu_interpret"]
+OLDEST_GPU = 8.0  # compute capability from which Triton works
+
+
+class Steps(NamedTuple):
+    """What an implementation provides; the arguments and results are explained in reference.py."""
+
+    forward: Callable
+    backward: Callable
+    sum_by_splat: Callable
+
+
+XLA = Steps(reference.forward, reference.backward, reference.sum_by_splat)
+PALLAS_GPU = Steps(pallas_gpu.forward, pallas_gpu.backward, pallas_gpu.sum_by_splat)
+IMPLEMENTATIONS = {
+    "xla": XLA,
+    "pallas_gpu": PALLAS_GPU,
+    "pallas_gpu_interpret": Steps(*(functools.partial(step, interpret=True) for step in PALLAS_GPU)),
+}
 
 
 class Splats(NamedTuple):
@@ -49,23 +70,60 @@ def blend(
       pairs: which splats stand in which tile, in which order.
       grid: the images and tiles.
       max_alpha: clamp of alpha, below one.
-      implementation: "xla", or "auto" for the best on this platform.
+      implementation: "auto" is "pallas_gpu" where the program is lowered for CUDA and the splats are float32, and
+        "xla" elsewhere, with one warning on an accelerator. "pallas_gpu_interpret" runs the GPU kernel's steps on any
+        device, for tests: very slowly.
 
     Returns:
       Weighted sums of the features (M, H, W, C) and the transmittance that remains (M, H, W). Differentiable in all
       fields of `splats`, summed in a fixed order: the same input gives the same bits.
 
     Raises:
-      ValueError: for an unknown implementation.
+      ValueError: for an unknown implementation, and for "pallas_gpu" without a GPU that can run it.
     """
-    if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"implementation is {implementation!r}; expected 'auto' or one of {sorted(IMPLEMENTATIONS)}")
-    name = "xla" if implementation == "auto" else implementation
+    name = _choose(implementation, splats.means.dtype)
     drawn = splats.opacities > 0
     log_opacity = jnp.log(jnp.where(drawn, splats.opacities, 1))
     table = jnp.concatenate([splats.means, splats.conics, log_opacity[:, None], splats.features], axis=-1)
     sums, transmittance = _blend(grid, max_alpha, name, table, pairs)
     return _untile(sums, grid), _untile(transmittance[:, None], grid)[..., 0]
+
+
+def _choose(implementation: str, dtype) -> str:
+    """The implementation's name; "auto" remains where the platform of the lowering decides."""
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"implementation is {implementation!r}; expected one of {get_args(Implementation)}")
+    device = jax.devices()[0]
+    obstacle = _obstacle(device)
+    if implementation == "pallas_gpu" and obstacle:
+        raise ValueError(
+            f"implementation 'pallas_gpu' cannot run here: {obstacle}; 'auto' takes what can, 'pallas_gpu_interpret' "
+            "interprets the kernel, slowly, for tests"
+        )
+    if implementation == "auto" and dtype != jnp.float32:
+        obstacle = f"the splats are {dtype}, not float32"
+    if implementation == "auto" and obstacle:
+        if device.platform != "cpu":
+            _warn(f"rasterization runs as plain XLA, not as a kernel made for this {device.device_kind}: {obstacle}")
+            return "xla"
+        return "auto" if dtype == jnp.float32 else "xla"
+    return implementation
+
+
+def _obstacle(device: jax.Device) -> str:
+    """Why `pallas_gpu` cannot run on this device; empty if it can."""
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform != "gpu" or not re.fullmatch(r"\d+\.\d+", capability):
+        return f"it needs an NVIDIA GPU, and the first device is {device.device_kind!r}"
+    if float(capability) < OLDEST_GPU:
+        return f"it needs compute capability {OLDEST_GPU}, and {device.device_kind!r} has {capability}"
+    return ""
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Warns once."""
+    warnings.warn(message, stacklevel=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -77,14 +135,11 @@ def _blend(grid, max_alpha, name, table, pairs):
 
 def _blend_forward(grid, max_alpha, name, table, pairs):
     blended = _forward(grid, max_alpha, name)(table, pairs)
-    return (blended.sums, blended.transmittance), (table, pairs, blended)
+    return (blended.sums, blended.transmittance), (table, pairs, blended.transmittance, blended.last)
 
 
 def _blend_backward(grid, max_alpha, name, residuals, cotangents):
-    table, pairs, blended = residuals
-    by_slot = _backward(grid, max_alpha, name)(table, pairs, blended, *cotangents)
-    summed = jax.ops.segment_sum(by_slot, pairs.splat, table.shape[0], indices_are_sorted=True)
-    return summed, None
+    return _backward(grid, max_alpha, name)(*residuals, *cotangents), None
 
 
 _blend.defvjp(_blend_forward, _blend_backward)
@@ -95,19 +150,25 @@ _blend.defvjp(_blend_forward, _blend_backward)
 
 
 def _forward(grid, max_alpha, name):
-    @jax.custom_batching.sequential_vmap
-    def run(table, pairs):
-        return IMPLEMENTATIONS[name].forward(table, pairs, grid, max_alpha)
+    def run(steps, table, pairs):
+        return steps.forward(table, pairs, grid, max_alpha)
 
-    return run
+    return jax.custom_batching.sequential_vmap(_dispatch(name, run))
 
 
 def _backward(grid, max_alpha, name):
-    @jax.custom_batching.sequential_vmap
-    def run(table, pairs, blended, sums_bar, transmittance_bar):
-        return IMPLEMENTATIONS[name].backward(table, pairs, grid, max_alpha, blended, sums_bar, transmittance_bar)
+    def run(steps, table, pairs, *rest):
+        return steps.sum_by_splat(steps.backward(table, pairs, grid, max_alpha, *rest), pairs)
 
-    return run
+    return jax.custom_batching.sequential_vmap(_dispatch(name, run))
+
+
+def _dispatch(name: str, run: Callable) -> Callable:
+    """`run` with the named implementation, or with the best for the platform that the program is lowered for."""
+    if name != "auto":
+        return functools.partial(run, IMPLEMENTATIONS[name])
+    cuda, default = functools.partial(run, PALLAS_GPU), functools.partial(run, XLA)
+    return lambda *arrays: lax.platform_dependent(*arrays, cuda=cuda, default=default)
 
 
 def _untile(tiles: Float[Array, "tiles c px"], grid: Grid) -> Float[Array, "m h w c"]:

@@ -16,27 +16,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.rasterization.shapes import CUT, GEOMETRY, STOP, TILE, Grid, Pairs
+from kernels_pallas.rasterization.shapes import CUT, GEOMETRY, PIXELS, STOP, TILE, Blended, Grid, Pairs
 
 LANES = 64
 CHUNK = 32
-PIXELS = TILE * TILE
-
-
-class Blended(NamedTuple):
-    """Result of `forward`, and what `backward` needs of it.
-
-    Attributes:
-      sums: weighted sums of the features.
-      transmittance: what remains in each pixel.
-      last: one more than the place, in its tile's run, of the last pair drawn in each pixel.
-      chunks: how many chunks of each tile were needed.
-    """
-
-    sums: Float[Array, "tiles c px"]
-    transmittance: Float[Array, "tiles px"]
-    last: Int[Array, "tiles px"]
-    chunks: Int[Array, "tiles"]
 
 
 class Queue(NamedTuple):
@@ -96,7 +79,6 @@ def forward(table: Float[Array, "n k"], pairs: Pairs, grid: Grid, max_alpha: flo
             out.sums.at[tile].add(_product("lnc,lnp->lcp", rows[..., GEOMETRY:], weights)),
             out.transmittance.at[tile].set(transmittance),
             out.last.at[tile].set(last),
-            out.chunks.at[tile].set(queue.chunk + 1),
         )
         finished = (place[:, -1] + 1 >= length[jnp.minimum(tile, tiles - 1)]) | jnp.all(transmittance < 0, axis=-1)
         return queue.advance(finished), out
@@ -106,7 +88,6 @@ def forward(table: Float[Array, "n k"], pairs: Pairs, grid: Grid, max_alpha: flo
         jnp.zeros((tiles + 1, table.shape[1] - GEOMETRY, PIXELS), dtype),
         jnp.concatenate([_in_image(grid), jnp.zeros((1, PIXELS), bool)]) * 2.0 - jnp.ones((), dtype),
         jnp.zeros((tiles + 1, PIXELS), jnp.int32),
-        jnp.zeros(tiles + 1, jnp.int32),
     )
     state = _varying_as(start, (Queue.over(tiles), empty))
     _, out = lax.while_loop(lambda state: jnp.any(state[0].place < busy), step, state)
@@ -119,7 +100,8 @@ def backward(
     pairs: Pairs,
     grid: Grid,
     max_alpha: float,
-    blended: Blended,
+    transmittance: Float[Array, "tiles px"],
+    last: Int[Array, "tiles px"],
     sums_bar: Float[Array, "tiles c px"],
     transmittance_bar: Float[Array, "tiles px"],
 ) -> Float[Array, "p k"]:
@@ -128,22 +110,29 @@ def backward(
     Back to front, with v_i = f_i . sums_bar the value of splat i in a pixel and R_i = sum_{j>i} w_j v_j + T bar(T) what
     lies behind it (T the final transmittance), d loss / d alpha_i = T_i v_i - R_i / (1 - alpha_i). The transmittance
     before i is the one after it divided by 1 - alpha_i.
+
+    Args:
+      table, pairs, grid, max_alpha: those of `forward`.
+      transmittance, last: from its result.
+      sums_bar, transmittance_bar: gradients of its result.
     """
     tiles, start = grid.tiles, pairs.start
     splat = pairs.splat[pairs.slot]
-    work, busy = _longest_first(blended.chunks)
+    behind = transmittance * transmittance_bar
     pad = lambda a: jnp.concatenate([a, jnp.zeros_like(a[:1])])  # noqa: E731
-    blended, sums_bar = jax.tree.map(pad, blended), pad(sums_bar)
+    transmittance, behind, last, sums_bar = map(pad, (transmittance, behind, last, sums_bar))
+    chunks = (jnp.max(last, axis=-1) + CHUNK - 1) // CHUNK
+    work, busy = _longest_first(chunks[:-1])
 
     def step(state):
         queue, transmittance, behind, gradients = state
         tile = work[jnp.minimum(queue.place, tiles)]
-        chunk = blended.chunks[tile] - 1 - queue.chunk
+        chunk = chunks[tile] - 1 - queue.chunk
         place = chunk[:, None] * CHUNK + jnp.arange(CHUNK, dtype=jnp.int32)
         rows, offset, valid = _fetch(table, splat, start, tile, place)
         polynomials, pull = jax.vjp(lambda rows: _polynomials(rows, _centres(tile, grid)), rows[..., :GEOMETRY])
         alpha, clamped = _alphas(polynomials, valid, max_alpha)
-        drawn = place[..., None] < blended.last[tile][:, None]
+        drawn = place[..., None] < last[tile][:, None]
         alpha = jnp.where(drawn, alpha, 0)
         value = _product("lnc,lcp->lnp", rows[..., GEOMETRY:], sums_bar[tile])
 
@@ -167,10 +156,14 @@ def backward(
         queue = queue.advance(chunk <= 0)
         return queue, transmittance.at[tile].set(before), behind.at[tile].set(now_behind), gradients
 
-    behind = blended.transmittance * pad(transmittance_bar)
     gradients = jnp.zeros((pairs.slot.size, table.shape[1]), table.dtype)
-    state = _varying_as(start, (Queue.over(tiles), blended.transmittance, behind, gradients))
+    state = _varying_as(start, (Queue.over(tiles), transmittance, behind, gradients))
     return lax.while_loop(lambda state: jnp.any(state[0].place < busy), step, state)[-1]
+
+
+def sum_by_splat(by_slot: Float[Array, "p k"], pairs: Pairs) -> Float[Array, "n k"]:
+    """Sums of each splat's slots, in the order of the slots; those not in use are zero."""
+    return jax.ops.segment_sum(by_slot, pairs.splat, pairs.first.size - 1, indices_are_sorted=True)
 
 
 def _varying_as(reference: Array, tree):

@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 TILE = 16  # pixels along a tile's side
+PIXELS = TILE * TILE
 CUT = 1 / 255  # a splat is drawn in a pixel where its alpha is at least this
 STOP = 1e-4  # a pixel is finished before the splat that would bring its transmittance to this or below
 GEOMETRY = 6  # numbers of a splat that decide its alpha: centre 2, conic 3, log opacity 1
@@ -40,11 +41,27 @@ class Pairs(NamedTuple):
       splat: of each slot, ascending: pairs of one splat are neighbours.
       slot: the slots in tile order, front to back within a tile; those beyond the last tile's run are not in use.
       start: where each tile's run begins in `slot`, and where the last ends.
+      first: where each splat's slots begin, and where the last splat's end.
     """
 
     splat: Int[Array, "p"]
     slot: Int[Array, "p"]
     start: Int[Array, "tiles_and_one"]
+    first: Int[Array, "n_and_one"]
+
+
+class Blended(NamedTuple):
+    """Result of blending in tiles; the gradient starts from the last two.
+
+    Attributes:
+      sums: weighted sums of the features.
+      transmittance: what remains in each pixel.
+      last: one more than the place, in its tile's run, of the last pair drawn in each pixel.
+    """
+
+    sums: Float[Array, "tiles c px"]
+    transmittance: Float[Array, "tiles px"]
+    last: Int[Array, "tiles px"]
 
 
 class Workload(NamedTuple):

@@ -33,8 +33,9 @@ def all_pairs(spare=0):
     tile = tile + splat // COUNT * per_image
     slot = np.argsort(tile, kind="stable")
     start = np.searchsorted(tile[slot], np.arange(GRID.tiles + 1))
+    first = np.searchsorted(splat, np.arange(GRID.images * COUNT + 1))
     splat, slot = np.pad(splat, (0, spare), mode="edge"), np.pad(slot, (0, spare))
-    return Pairs(*(jnp.asarray(a, jnp.int32) for a in (splat, slot, start)))
+    return Pairs(*(jnp.asarray(a, jnp.int32) for a in (splat, slot, start, first)))
 
 
 def dense(splats, max_alpha=0.999):
@@ -66,6 +67,8 @@ def loss(outputs, weights):
 
 @pytest.fixture(params=sorted(IMPLEMENTATIONS))
 def implementation(request):
+    if request.param == "pallas_gpu" and jax.default_backend() != "gpu":
+        pytest.skip("the compiled kernel needs a GPU; it is interpreted instead")
     return request.param
 
 

@@ -1,0 +1,266 @@
+"""Blending on NVIDIA GPUs, in Pallas for Triton: one program per tile walks the tile's pairs one after the other.
+
+All 256 pixels of the tile are worked on at once, by so few warps that a thread holds four or eight of them: what is the
+same for all pixels, a splat's row of the table, is then loaded once for many, and the sums over the pixels that the
+gradient needs are first taken inside threads, last within one warp, without shared memory and barriers. `UNROLL` pairs
+are loaded together, so that their loads overlap; whether any pixel is unfinished is asked once for them all.
+
+No matrix products here. The six terms of the exponent, padded to the 16 that Triton's products want, cost 16 multiply-
+adds per pair and pixel in float32, which no tensor core has, or 3 x 16 in split TF32, which on an H200 take a tensor
+core as long as 6 take the other units. Written about the splat's centre with what depends on dx alone apart, the
+exponent is three multiply-adds per pixel, since a thread's pixels stand above each other; and it does not cancel.
+
+Nothing is added atomically: a pair's gradient goes to its own slot, and `sum_by_splat` adds a splat's slots in order.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.rasterization.shapes import CUT, GEOMETRY, PIXELS, STOP, TILE, Blended, Grid, Pairs
+
+UNROLL = 4
+SPLATS = 32  # of one program of `sum_by_splat`
+FEW_FEATURES = 8  # with more, a thread must hold fewer pixels, or its registers do not suffice
+LOG2E = math.log2(math.e)
+
+
+def forward(
+    table: Float[Array, "n k"], pairs: Pairs, grid: Grid, max_alpha: float, *, interpret: bool = False
+) -> Blended:
+    """Blends the splats of every tile front to back; arguments and result as in reference.py."""
+    features = table.shape[1] - GEOMETRY
+    shapes = (grid.tiles, features, PIXELS), (grid.tiles, PIXELS), (grid.tiles, PIXELS)
+    outputs = pl.pallas_call(
+        functools.partial(_forward, grid=grid, max_alpha=max_alpha),
+        name="blend_forward",
+        grid=(grid.tiles,),
+        in_specs=[_whole()] * 4,
+        out_specs=[_of_tile(shape) for shape in shapes],
+        out_shape=[_output(s, d, table) for s, d in zip(shapes, (table.dtype, table.dtype, jnp.int32), strict=True)],
+        compiler_params=_compiled(2, features),
+        interpret=interpret,
+    )(table, pairs.splat, pairs.slot, pairs.start)
+    return Blended(*outputs)
+
+
+def backward(
+    table: Float[Array, "n k"],
+    pairs: Pairs,
+    grid: Grid,
+    max_alpha: float,
+    transmittance: Float[Array, "tiles px"],
+    last: Int[Array, "tiles px"],
+    sums_bar: Float[Array, "tiles c px"],
+    transmittance_bar: Float[Array, "tiles px"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "p k"]:
+    """Gradient of every slot's row of the table; arguments, result and equations as in reference.py."""
+    of_tile = [transmittance, last, sums_bar, transmittance_bar]
+    gradients = jnp.zeros((pairs.slot.size, table.shape[1]), table.dtype)
+    inputs = [table, pairs.splat, pairs.slot, pairs.start, *of_tile, gradients]
+    return pl.pallas_call(
+        functools.partial(_backward, grid=grid, max_alpha=max_alpha),
+        name="blend_backward",
+        grid=(grid.tiles,),
+        in_specs=[_whole()] * 4 + [_of_tile(a.shape) for a in of_tile] + [_whole()],
+        out_specs=_whole(),
+        out_shape=_output(gradients.shape, gradients.dtype, table),
+        input_output_aliases={len(inputs) - 1: 0},
+        compiler_params=_compiled(1, sums_bar.shape[1]),
+        interpret=interpret,
+    )(*inputs)
+
+
+def sum_by_splat(by_slot: Float[Array, "p k"], pairs: Pairs, *, interpret: bool = False) -> Float[Array, "n k"]:
+    """Sums of each splat's slots, in the order of the slots."""
+    splats, columns = pairs.first.size - 1, by_slot.shape[1]
+    return pl.pallas_call(
+        _sum_by_splat,
+        name="sum_by_splat",
+        grid=(pl.cdiv(splats, SPLATS),),
+        in_specs=[_whole()] * 2,
+        out_specs=_whole(),
+        out_shape=_output((splats, columns), by_slot.dtype, by_slot),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+    )(pairs.first, by_slot)
+
+
+class Splat(NamedTuple):
+    """A row of the table, in scalars; one that is not there has no opacity."""
+
+    x: Array
+    y: Array
+    a: Array
+    b: Array
+    c: Array
+    log_opacity: Array
+    features: list[Array]
+
+
+class Drawn(NamedTuple):
+    """A splat in the pixels of a tile: offsets from its centre, and its alpha, zero below the cut and unclamped."""
+
+    dx: Float[Array, "px"]
+    dy: Float[Array, "px"]
+    alpha: Float[Array, "px"]
+
+
+def _forward(table, splat, slot, start, sums_out, transmittance_out, last_out, *, grid, max_alpha):
+    tile = pl.program_id(0)
+    begin, end = start[tile], start[tile + 1]
+    x, y, inside = _pixels(tile, grid, table.dtype)
+    features = table.shape[1] - GEOMETRY
+
+    def unfinished(state):
+        place, transmittance, _, _ = state
+        return (place < end) & (jnp.max(transmittance) > 0)
+
+    # A pixel that is finished carries its transmittance with a minus sign.
+    def blend_some(state):
+        place, transmittance, last, sums = state
+        places = [place + i for i in range(UNROLL)]
+        slots = [slot[jnp.minimum(p, end - 1)] for p in places]
+        for p, s in zip(places, _load(table, splat, slots, [p < end for p in places]), strict=True):
+            alpha = jnp.minimum(_draw(s, x, y).alpha, max_alpha)
+            weight = alpha * transmittance
+            after = transmittance - weight
+            unstopped = after > STOP
+            drawn = unstopped & (alpha > 0)
+            weight = jnp.where(drawn, weight, 0)
+            transmittance = jnp.where(unstopped, after, -jnp.abs(transmittance))
+            last = jnp.where(drawn, p - begin + 1, last)
+            sums = [total + weight * f for total, f in zip(sums, s.features, strict=True)]
+        return place + UNROLL, transmittance, last, sums
+
+    zeros = jnp.zeros(PIXELS, table.dtype)
+    state = begin, jnp.where(inside, 1, zeros - 1), jnp.zeros(PIXELS, jnp.int32), [zeros] * features
+    _, transmittance, last, sums = lax.while_loop(unfinished, blend_some, state)
+    transmittance_out[0, :] = jnp.abs(transmittance)
+    last_out[0, :] = last
+    for k in range(features):
+        sums_out[0, k, :] = sums[k]
+
+
+def _backward(
+    table, splat, slot, start, transmittance, last, sums_bar, transmittance_bar, _, gradients, *, grid, max_alpha
+):
+    tile = pl.program_id(0)
+    begin = start[tile]
+    x, y, _ = _pixels(tile, grid, table.dtype)
+    last = last[0, :]
+    sums_bar = [sums_bar[0, k, :] for k in range(sums_bar.shape[1])]
+
+    def unblend_some(state):
+        place, after, behind = state
+        places = [place - i for i in range(UNROLL)]
+        slots = [slot[jnp.maximum(p, begin)] for p in places]
+        rows = []
+        for p, s in zip(places, _load(table, splat, slots, [p >= begin for p in places]), strict=True):
+            dx, dy, alpha = _draw(s, x, y)
+            alpha = jnp.where(p - begin < last, alpha, 0)
+            clamped = alpha > max_alpha
+            alpha = jnp.minimum(alpha, max_alpha)
+            value = sum(f * bar for f, bar in zip(s.features, sums_bar, strict=True))
+            inverse = 1 / (1 - alpha)
+            after = after * inverse
+            weight = alpha * after
+            shown = weight * value
+            bar = jnp.where(clamped, 0, shown - behind * (alpha * inverse))
+            behind = behind + shown
+            rows.append(_row_gradient(s, dx, dy, bar) + [jnp.sum(weight * bar) for bar in sums_bar])
+        for p, n, row in zip(places, slots, rows, strict=True):
+            for k, value in enumerate(row):
+                plgpu.store(gradients.at[n, np.int32(k)], value, mask=p >= begin)
+        return place - UNROLL, after, behind
+
+    final = transmittance[0, :]
+    state = begin + jnp.max(last) - 1, final, final * transmittance_bar[0, :]
+    lax.while_loop(lambda state: state[0] >= begin, unblend_some, state)
+
+
+def _sum_by_splat(first, rows, sums):
+    splats, columns = sums.shape
+    padded = pl.next_power_of_2(columns)
+    splat = pl.program_id(0) * SPLATS + lax.iota(jnp.int32, SPLATS)
+    begin, end = (plgpu.load(first.at[splat + i], mask=splat < splats, other=0) for i in range(2))
+    column = lax.broadcasted_iota(jnp.int32, (SPLATS, padded), 1)
+
+    def add(i, total):
+        at = begin + i
+        used = (at < end)[:, None] & (column < columns)
+        return total + plgpu.load(rows.at[at[:, None], column], mask=used, other=0)
+
+    total = lax.fori_loop(0, jnp.max(end - begin), add, jnp.zeros((SPLATS, padded), rows.dtype))
+    plgpu.store(sums.at[splat[:, None], column], total, mask=(splat < splats)[:, None] & (column < columns))
+
+
+def _load(table, splat, slots: list[Array], valid: list[Array]) -> list[Splat]:
+    """The splats in these slots. Loads of one kind stand together: none waits for another's result."""
+    numbers = [splat[n] for n in slots]
+    rows = [[table[n, k] for k in range(table.shape[1])] for n in numbers]
+    nothing = jnp.asarray(-1e4, table.dtype)
+    return [
+        Splat(*row[: GEOMETRY - 1], jnp.where(there, row[GEOMETRY - 1], nothing), row[GEOMETRY:])
+        for row, there in zip(rows, valid, strict=True)
+    ]
+
+
+def _draw(s: Splat, x: Array, y: Array) -> Drawn:
+    """Alpha of the splat: exp(log o - (a dx^2 + 2 b dx dy + c dy^2) / 2)."""
+    a, b, c = -0.5 * LOG2E * s.a, -LOG2E * s.b, -0.5 * LOG2E * s.c
+    dx, dy = x - s.x, y - s.y
+    alpha = jnp.exp2((a * dx * dx + LOG2E * s.log_opacity) + dy * (b * dx + c * dy))
+    return Drawn(dx, dy, jnp.where(alpha >= CUT, alpha, 0))
+
+
+def _row_gradient(s: Splat, dx: Array, dy: Array, exponent_bar: Array) -> list[Array]:
+    """Gradient of a splat's centre, conic and log opacity, given that of its exponent in every pixel."""
+    bar_x, bar_y = exponent_bar * dx, exponent_bar * dy
+    x, y, xx, xy, yy = (jnp.sum(v) for v in (bar_x, bar_y, bar_x * dx, bar_x * dy, bar_y * dy))
+    return [s.a * x + s.b * y, s.b * x + s.c * y, -0.5 * xx, -xy, -0.5 * yy, jnp.sum(exponent_bar)]
+
+
+def _pixels(tile: Int[Array, ""], grid: Grid, dtype) -> tuple[Array, Array, Array]:
+    """Centres x, y of a tile's pixels (256,) in the image's coordinates, and whether they lie in the image."""
+    row, column = _divide(tile, grid.columns)
+    _, row = _divide(row, grid.rows)
+    y, x = _divide(lax.iota(jnp.int32, PIXELS), TILE)
+    x, y = column * TILE + x, row * TILE + y
+    return x.astype(dtype) + 0.5, y.astype(dtype) + 0.5, (x < grid.width) & (y < grid.height)
+
+
+def _divide(n: Int[Array, "*shape"], by: int) -> tuple[Array, Array]:
+    """Quotient and remainder of what is not negative."""
+    by = lax.full_like(n, by)
+    return lax.div(n, by), lax.rem(n, by)
+
+
+def _compiled(warps: int, features: int) -> plgpu.CompilerParams:
+    """Explicit in both numbers, and by its type: jax then takes Triton whatever its default is."""
+    return plgpu.CompilerParams(num_warps=warps if features <= FEW_FEATURES else 8, num_stages=1)
+
+
+def _whole() -> pl.BlockSpec:
+    """An array that every program may index anywhere."""
+    return pl.BlockSpec(memory_space=pl.ANY)
+
+
+def _of_tile(shape: tuple[int, ...]) -> pl.BlockSpec:
+    """The part of an array that belongs to a program's tile."""
+    return pl.BlockSpec((1, *shape[1:]), lambda tile: (tile, *[0] * (len(shape) - 1)))
+
+
+def _output(shape: tuple[int, ...], dtype, like: Array) -> jax.ShapeDtypeStruct:
+    """An output that, inside `shard_map`, varies over the devices as the inputs do."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
