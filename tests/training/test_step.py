@@ -108,6 +108,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(experiment, rn
     assert metrics["skipped"] == 0 and np.isfinite(metrics["loss"])
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_the_mean_of_the_parts(experiment, rng):
     plain = optax.sgd(1.0)
     batch = make_batch(rng, scenes=4)
@@ -124,6 +125,7 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(experiment, rng):
     jax.tree.map(lambda e, o: np.testing.assert_allclose(o, e, rtol=1e-4, atol=1e-5), expected, summed["params"])
 
 
+@pytest.mark.slow
 def test_the_directional_derivative_is_the_gradients(experiment, rng):
     """Through the step with plain gradient descent: a small move along -g lowers the loss by |g|^2 times its length."""
     step, state = make(experiment, "proposal", optimizer=optax.sgd(1e-4))
