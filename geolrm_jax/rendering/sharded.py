@@ -116,9 +116,18 @@ def _on_shards(function: Callable, layout: Layout, gaussians, cameras, backgroun
     per_scene, per_view = P(layout.scenes) if layout.scenes else P(), _view_spec(layout, gaussians)
     colors_per_view = gaussians.colors.ndim > gaussians.means.ndim
     specs = jax.tree.map(lambda x: per_view if x is gaussians.colors and colors_per_view else per_scene, gaussians)
+
+    # Gaussians vary over the axes of the views from here on: their gradients are summed over the devices once, and
+    # not wherever one of them meets a view, which is in several times as many arrays.
+    def vary(x, spec):
+        return lax.pcast(x, layout.views, to="varying") if spec is per_scene else x
+
+    def local(gaussians, cameras, background):
+        return function(jax.tree.map(vary, gaussians, specs), cameras, background)
+
     inputs = (gaussians, cameras, background)
     in_specs = (specs, *jax.tree.map(lambda x: per_view, (cameras, background)))
     if layout.mesh.explicit_axes:
         inputs = jax.reshard(inputs, jax.tree.map(lambda spec: NamedSharding(layout.mesh, spec), in_specs))
     free = set(layout.mesh.axis_names) - set(layout.mesh.manual_axes)
-    return jax.shard_map(function, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=free)(*inputs)
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=free)(*inputs)
