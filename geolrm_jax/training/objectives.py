@@ -18,8 +18,9 @@ from geolrm_jax.losses.occupancy import Counting, affinity, cross_entropy
 from geolrm_jax.losses.photometric import alpha_mse, image_mse, mean_over_views
 from geolrm_jax.models.geolrm import GeoLRM, GeoLRMConfig, ProposalMode
 from geolrm_jax.precision import Precision
-from geolrm_jax.rendering import rasterize
+from geolrm_jax.rendering import rasterize_sharded
 from geolrm_jax.runtime import logging
+from geolrm_jax.runtime.sharding import AXES
 from geolrm_jax.scene import Batch, Views
 from geolrm_jax.weights.lpips import load_lpips
 
@@ -139,9 +140,10 @@ class ReconstructionObjective(Objective):
         targets = batch.targets
         background = self.draw_background(targets, background_key)
         pictures = self.composite(targets, background[..., None, None, :])
-        rendered = rasterize(
+        rendered = rasterize_sharded(
             gaussians,
             targets.cameras,
+            scene_axes=AXES,
             background=background,
             depth=self.rendered_depth,
             capacity=int(self.pairs_per_gaussian * gaussians.means.shape[1] * targets.valid.size),

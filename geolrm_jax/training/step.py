@@ -41,13 +41,16 @@ def make_train_step(
 
     The batch is worked through in `accumulation` parts whose gradients are averaged; part i has rows i,
     i + accumulation, ...: some of every device. A step whose loss or gradient is not finite leaves everything but the
-    step count as it was and is counted in `skipped`. `shardings` are those of the state, kept from step to step.
+    step count as it was and is counted in `skipped`. `shardings` are those of the state, kept from step to step; their
+    mesh is ambient in the losses, for operations that must know it.
     """
+    mesh = jax.tree.leaves(shardings)[0].mesh.abstract_mesh if shardings else jax.sharding.get_abstract_mesh()
 
     def gradients(trained, frozen, stats, constants, batch: Batch, key: Key[Array, ""]):
         def total(trained):
             model = nnx.merge(graphdef, {**frozen, **trained}, stats)
-            losses, metrics = objective.losses(model, constants, batch, key)
+            with jax.sharding.use_abstract_mesh(mesh):
+                losses, metrics = objective.losses(model, constants, batch, key)
             new_stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
             loss = sum(losses.values())
             return loss, ({"loss": loss, **losses, **metrics}, new_stats)
