@@ -23,13 +23,13 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.rasterization.shapes import CUT, GEOMETRY, PIXELS, STOP, TILE, Blended, Grid, Pairs
 
-UNROLL = 4
+FORWARD_UNROLL, BACKWARD_UNROLL = 4, 2  # the backward pass needs more registers
 SPLATS = 32  # of one program of `sum_by_splat`
-FEW_FEATURES = 8  # with more, a thread must hold fewer pixels, or its registers do not suffice
+FEW_FEATURES = 16  # with more, a thread holds half as many pixels, or its registers would not suffice
 LOG2E = math.log2(math.e)
 
 
@@ -66,7 +66,7 @@ def backward(
 ) -> Float[Array, "p k"]:
     """Gradient of every slot's row of the table; arguments, result and equations as in reference.py."""
     of_tile = [transmittance, last, sums_bar, transmittance_bar]
-    gradients = jnp.zeros((pairs.slot.size, table.shape[1]), table.dtype)
+    gradients = jnp.broadcast_to(jnp.zeros_like(table[:1]), (pairs.slot.size, table.shape[1]))  # varies as table does
     inputs = [table, pairs.splat, pairs.slot, pairs.start, *of_tile, gradients]
     return pl.pallas_call(
         functools.partial(_backward, grid=grid, max_alpha=max_alpha),
@@ -97,7 +97,7 @@ def sum_by_splat(by_slot: Float[Array, "p k"], pairs: Pairs, *, interpret: bool 
 
 
 class Splat(NamedTuple):
-    """A row of the table, in scalars; one that is not there has no opacity."""
+    """A row of the table, in scalars."""
 
     x: Array
     y: Array
@@ -122,16 +122,19 @@ def _forward(table, splat, slot, start, sums_out, transmittance_out, last_out, *
     x, y, inside = _pixels(tile, grid, table.dtype)
     features = table.shape[1] - GEOMETRY
 
+    def numbers_from(place):
+        return [splat[slot[jnp.maximum(jnp.minimum(place + i, end - 1), 0)]] for i in range(FORWARD_UNROLL)]
+
     def unfinished(state):
-        place, transmittance, _, _ = state
+        place, _, transmittance, _, _ = state
         return (place < end) & (jnp.max(transmittance) > 0)
 
     # A pixel that is finished carries its transmittance with a minus sign.
     def blend_some(state):
-        place, transmittance, last, sums = state
-        places = [place + i for i in range(UNROLL)]
-        slots = [slot[jnp.minimum(p, end - 1)] for p in places]
-        for p, s in zip(places, _load(table, splat, slots, [p < end for p in places]), strict=True):
+        place, numbers, transmittance, last, sums = state
+        splats = [_load(table, n, place + i < end) for i, n in enumerate(numbers)]
+        numbers = numbers_from(place + FORWARD_UNROLL)
+        for i, s in enumerate(splats):
             alpha = jnp.minimum(_draw(s, x, y).alpha, max_alpha)
             weight = alpha * transmittance
             after = transmittance - weight
@@ -139,13 +142,14 @@ def _forward(table, splat, slot, start, sums_out, transmittance_out, last_out, *
             drawn = unstopped & (alpha > 0)
             weight = jnp.where(drawn, weight, 0)
             transmittance = jnp.where(unstopped, after, -jnp.abs(transmittance))
-            last = jnp.where(drawn, p - begin + 1, last)
+            last = jnp.where(drawn, place + i + 1 - begin, last)
             sums = [total + weight * f for total, f in zip(sums, s.features, strict=True)]
-        return place + UNROLL, transmittance, last, sums
+        return place + FORWARD_UNROLL, numbers, transmittance, last, sums
 
     zeros = jnp.zeros(PIXELS, table.dtype)
-    state = begin, jnp.where(inside, 1, zeros - 1), jnp.zeros(PIXELS, jnp.int32), [zeros] * features
-    _, transmittance, last, sums = lax.while_loop(unfinished, blend_some, state)
+    transmittance, last = jnp.where(inside, 1, zeros - 1), jnp.zeros(PIXELS, jnp.int32)
+    state = begin, numbers_from(begin), transmittance, last, [zeros] * features
+    _, _, transmittance, last, sums = lax.while_loop(unfinished, blend_some, state)
     transmittance_out[0, :] = jnp.abs(transmittance)
     last_out[0, :] = last
     for k in range(features):
@@ -161,14 +165,18 @@ def _backward(
     last = last[0, :]
     sums_bar = [sums_bar[0, k, :] for k in range(sums_bar.shape[1])]
 
+    def slots_from(place):
+        return [slot[jnp.minimum(jnp.maximum(place - i, begin), slot.size - 1)] for i in range(BACKWARD_UNROLL)]
+
     def unblend_some(state):
-        place, after, behind = state
-        places = [place - i for i in range(UNROLL)]
-        slots = [slot[jnp.maximum(p, begin)] for p in places]
+        place, slots, numbers, after, behind = state
+        splats = [_load(table, n, place - i >= begin) for i, n in enumerate(numbers)]
+        coming = slots_from(place - BACKWARD_UNROLL)
+        coming = coming, [splat[n] for n in coming]
         rows = []
-        for p, s in zip(places, _load(table, splat, slots, [p >= begin for p in places]), strict=True):
+        for i, s in enumerate(splats):
             dx, dy, alpha = _draw(s, x, y)
-            alpha = jnp.where(p - begin < last, alpha, 0)
+            alpha = jnp.where(place - i - begin < last, alpha, 0)
             clamped = alpha > max_alpha
             alpha = jnp.minimum(alpha, max_alpha)
             value = sum(f * bar for f, bar in zip(s.features, sums_bar, strict=True))
@@ -179,13 +187,14 @@ def _backward(
             bar = jnp.where(clamped, 0, shown - behind * (alpha * inverse))
             behind = behind + shown
             rows.append(_row_gradient(s, dx, dy, bar) + [jnp.sum(weight * bar) for bar in sums_bar])
-        for p, n, row in zip(places, slots, rows, strict=True):
+        for i, (n, row) in enumerate(zip(slots, rows, strict=True)):
             for k, value in enumerate(row):
-                plgpu.store(gradients.at[n, np.int32(k)], value, mask=p >= begin)
-        return place - UNROLL, after, behind
+                plgpu.store(gradients.at[n, np.int32(k)], value, mask=place - i >= begin)
+        return place - BACKWARD_UNROLL, *coming, after, behind
 
-    final = transmittance[0, :]
-    state = begin + jnp.max(last) - 1, final, final * transmittance_bar[0, :]
+    place, final = begin + jnp.max(last) - 1, transmittance[0, :]
+    slots = slots_from(place)
+    state = place, slots, [splat[n] for n in slots], final, final * transmittance_bar[0, :]
     lax.while_loop(lambda state: state[0] >= begin, unblend_some, state)
 
 
@@ -205,15 +214,11 @@ def _sum_by_splat(first, rows, sums):
     plgpu.store(sums.at[splat[:, None], column], total, mask=(splat < splats)[:, None] & (column < columns))
 
 
-def _load(table, splat, slots: list[Array], valid: list[Array]) -> list[Splat]:
-    """The splats in these slots. Loads of one kind stand together: none waits for another's result."""
-    numbers = [splat[n] for n in slots]
-    rows = [[table[n, k] for k in range(table.shape[1])] for n in numbers]
-    nothing = jnp.asarray(-1e4, table.dtype)
-    return [
-        Splat(*row[: GEOMETRY - 1], jnp.where(there, row[GEOMETRY - 1], nothing), row[GEOMETRY:])
-        for row, there in zip(rows, valid, strict=True)
-    ]
+def _load(table, number: Int[Array, ""], there: Bool[Array, ""]) -> Splat:
+    """A splat of the table; one that is not there gets no opacity."""
+    row = [table[number, k] for k in range(table.shape[1])]
+    log_opacity = jnp.where(there, row[GEOMETRY - 1], jnp.asarray(-1e4, table.dtype))
+    return Splat(*row[: GEOMETRY - 1], log_opacity, row[GEOMETRY:])
 
 
 def _draw(s: Splat, x: Array, y: Array) -> Drawn:
@@ -248,7 +253,7 @@ def _divide(n: Int[Array, "*shape"], by: int) -> tuple[Array, Array]:
 
 def _compiled(warps: int, features: int) -> plgpu.CompilerParams:
     """Explicit in both numbers, and by its type: jax then takes Triton whatever its default is."""
-    return plgpu.CompilerParams(num_warps=warps if features <= FEW_FEATURES else 8, num_stages=1)
+    return plgpu.CompilerParams(num_warps=warps if features <= FEW_FEATURES else 2 * warps, num_stages=1)
 
 
 def _whole() -> pl.BlockSpec:

@@ -26,11 +26,13 @@ def make_splats(rng, dtype, opacity=(0.05, 0.9), sigma=(0.7, 6.0)):
     return jax.tree.map(lambda a: jnp.asarray(a, dtype), splats)
 
 
-def all_pairs(spare=0):
-    """Every splat of an image in each of its tiles, and `spare` slots that are not in use."""
+def all_pairs(spare=0, without=()):
+    """Every splat of an image, save those `without` pairs, in each of its tiles; `spare` slots are not in use."""
     per_image = GRID.tiles // GRID.images
     splat, tile = np.divmod(np.arange(GRID.images * COUNT * per_image), per_image)
     tile = tile + splat // COUNT * per_image
+    kept = ~np.isin(splat, without)
+    splat, tile = splat[kept], tile[kept]
     slot = np.argsort(tile, kind="stable")
     start = np.searchsorted(tile[slot], np.arange(GRID.tiles + 1))
     first = np.searchsorted(splat, np.arange(GRID.images * COUNT + 1))
@@ -130,6 +132,21 @@ def test_empty_tiles_keep_full_transmittance(rng, implementation):
     assert sums.shape == (GRID.images, GRID.height, GRID.width, 4)
     assert np.all(np.asarray(sums) == 0)
     assert np.all(np.asarray(transmittance) == 1)
+
+
+def test_splats_without_pairs_do_not_matter_and_get_no_gradient(rng, weights, implementation):
+    splats, missing = make_splats(rng, "float32"), np.array([0, 1, 40, 95, 179])
+
+    def total(splats, pairs):
+        return loss(blend(splats, pairs, GRID, implementation=implementation), weights)
+
+    value, gradients = jax.jit(jax.value_and_grad(total))(splats, all_pairs(without=missing))
+    invisible = splats._replace(opacities=splats.opacities.at[missing].set(CUT / 2))
+    wanted, wanted_gradients = jax.jit(jax.value_and_grad(total))(invisible, all_pairs())
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    for got, expected in zip(gradients, wanted_gradients, strict=True):
+        assert np.all(np.asarray(got)[missing] == 0)
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_vmap_equals_loop(rng, implementation):
