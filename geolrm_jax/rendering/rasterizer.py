@@ -155,9 +155,13 @@ def _rasterize(gaussians, cameras, background, options: Options, layout: Layout)
 
 
 def _roomy(pairs: int) -> int:
-    """A capacity for so many pairs, in steps of an eighth, so that nearby scenes share a compiled program."""
-    step = 1 << max(max(pairs, 1).bit_length() - 4, 10)
-    return -(-max(pairs, 1) // step) * step
+    """A capacity for so many pairs, in steps of an eighth, so that nearby scenes share a compiled program.
+
+    A few more than counted: another program may round a tile at the edge of an ellipse the other way.
+    """
+    pairs += pairs // 1024 + 16
+    step = 1 << max(pairs.bit_length() - 4, 10)
+    return -(-pairs // step) * step
 
 
 def _checked(gaussians: Gaussians, cameras: Cameras, background) -> tuple[Gaussians, Cameras, Array | None]:
