@@ -1,7 +1,7 @@
 """Front-to-back blending of 2D Gaussians in tiles: the operation that hardware kernels implement.
 
-An implementation is a module with `forward`, `backward` and `sum_by_splat`, as reference.py; what is common to all is
-here: the choice, the derivative, the order under vmap, and the images made of tiles.
+An implementation is a module with `forward` and `backward`, as reference.py; what is common to all is here: the choice,
+the derivative, the order under vmap, and the images made of tiles.
 """
 
 import functools
@@ -28,11 +28,10 @@ class Steps(NamedTuple):
 
     forward: Callable
     backward: Callable
-    sum_by_splat: Callable
 
 
-XLA = Steps(reference.forward, reference.backward, reference.sum_by_splat)
-PALLAS_GPU = Steps(pallas_gpu.forward, pallas_gpu.backward, pallas_gpu.sum_by_splat)
+XLA = Steps(reference.forward, reference.backward)
+PALLAS_GPU = Steps(pallas_gpu.forward, pallas_gpu.backward)
 IMPLEMENTATIONS = {
     "xla": XLA,
     "pallas_gpu": PALLAS_GPU,
@@ -157,7 +156,7 @@ def _forward(grid, max_alpha, name):
 
 def _backward(grid, max_alpha, name):
     def run(steps, table, pairs, *rest):
-        return steps.sum_by_splat(steps.backward(table, pairs, grid, max_alpha, *rest), pairs)
+        return steps.backward(table, pairs, grid, max_alpha, *rest)
 
     return jax.custom_batching.sequential_vmap(_dispatch(name, run))
 

@@ -10,7 +10,7 @@ adds per pair and pixel in float32, which no tensor core has, or 3 x 16 in split
 core as long as 6 take the other units. Written about the splat's centre with what depends on dx alone apart, the
 exponent is three multiply-adds per pixel, since a thread's pixels stand above each other; and it does not cancel.
 
-Nothing is added atomically: a pair's gradient goes to its own slot, and `sum_by_splat` adds a splat's slots in order.
+Nothing is added atomically: a pair's gradient goes to its own slot, and a second kernel adds a splat's slots in order.
 """
 
 import functools
@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas.rasterization.shapes import CUT, GEOMETRY, PIXELS, STOP, TILE, Blended, Grid, Pairs
 
 FORWARD_UNROLL, BACKWARD_UNROLL = 4, 2  # the backward pass needs more registers
-SPLATS = 32  # of one program of `sum_by_splat`
+SPLATS = 32  # of one program that sums over pairs
 FEW_FEATURES = 16  # with more, a thread holds half as many pixels, or its registers would not suffice
 LOG2E = math.log2(math.e)
 
@@ -63,37 +63,36 @@ def backward(
     transmittance_bar: Float[Array, "tiles px"],
     *,
     interpret: bool = False,
-) -> Float[Array, "p k"]:
-    """Gradient of every slot's row of the table; arguments, result and equations as in reference.py."""
+) -> Float[Array, "n k"]:
+    """Gradient of the table; arguments, result and equations as in reference.py.
+
+    Pairs behind the last that is drawn in their tile, usually most of them, have no gradient and no row: nothing is
+    written, or read, but a byte each that says so.
+    """
     of_tile = [transmittance, last, sums_bar, transmittance_bar]
-    gradients = jnp.broadcast_to(jnp.zeros_like(table[:1]), (pairs.slot.size, table.shape[1]))  # varies as table does
-    inputs = [table, pairs.splat, pairs.slot, pairs.start, *of_tile, gradients]
-    return pl.pallas_call(
+    slots, splats, columns = pairs.slot.size, *table.shape
+    inputs = [table, pairs.splat, pairs.slot, pairs.start, *of_tile, jnp.zeros(slots, jnp.int8)]
+    rows, written = pl.pallas_call(
         functools.partial(_backward, grid=grid, max_alpha=max_alpha),
         name="blend_backward",
         grid=(grid.tiles,),
         in_specs=[_whole()] * 4 + [_of_tile(a.shape) for a in of_tile] + [_whole()],
-        out_specs=_whole(),
-        out_shape=_output(gradients.shape, gradients.dtype, table),
-        input_output_aliases={len(inputs) - 1: 0},
-        compiler_params=_compiled(1, sums_bar.shape[1]),
+        out_specs=[_whole()] * 2,
+        out_shape=[_output((slots, columns), table.dtype, table), _output((slots,), jnp.int8, table)],
+        input_output_aliases={len(inputs) - 1: 1},
+        compiler_params=_compiled(1, columns - GEOMETRY),
         interpret=interpret,
     )(*inputs)
-
-
-def sum_by_splat(by_slot: Float[Array, "p k"], pairs: Pairs, *, interpret: bool = False) -> Float[Array, "n k"]:
-    """Sums of each splat's slots, in the order of the slots."""
-    splats, columns = pairs.first.size - 1, by_slot.shape[1]
     return pl.pallas_call(
         _sum_by_splat,
         name="sum_by_splat",
         grid=(pl.cdiv(splats, SPLATS),),
-        in_specs=[_whole()] * 2,
+        in_specs=[_whole()] * 3,
         out_specs=_whole(),
-        out_shape=_output((splats, columns), by_slot.dtype, by_slot),
+        out_shape=_output(table.shape, table.dtype, table),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
-    )(pairs.first, by_slot)
+    )(pairs.first, rows, written)
 
 
 class Splat(NamedTuple):
@@ -157,7 +156,20 @@ def _forward(table, splat, slot, start, sums_out, transmittance_out, last_out, *
 
 
 def _backward(
-    table, splat, slot, start, transmittance, last, sums_bar, transmittance_bar, _, gradients, *, grid, max_alpha
+    table,
+    splat,
+    slot,
+    start,
+    transmittance,
+    last,
+    sums_bar,
+    transmittance_bar,
+    _,
+    rows_out,
+    written,
+    *,
+    grid,
+    max_alpha,
 ):
     tile = pl.program_id(0)
     begin = start[tile]
@@ -188,8 +200,10 @@ def _backward(
             behind = behind + shown
             rows.append(_row_gradient(s, dx, dy, bar) + [jnp.sum(weight * bar) for bar in sums_bar])
         for i, (n, row) in enumerate(zip(slots, rows, strict=True)):
+            there = place - i >= begin
+            plgpu.store(written.at[n], jnp.ones((), jnp.int8), mask=there)
             for k, value in enumerate(row):
-                plgpu.store(gradients.at[n, np.int32(k)], value, mask=place - i >= begin)
+                plgpu.store(rows_out.at[n, np.int32(k)], value, mask=there)
         return place - BACKWARD_UNROLL, *coming, after, behind
 
     place, final = begin + jnp.max(last) - 1, transmittance[0, :]
@@ -198,7 +212,7 @@ def _backward(
     lax.while_loop(lambda state: state[0] >= begin, unblend_some, state)
 
 
-def _sum_by_splat(first, rows, sums):
+def _sum_by_splat(first, rows, written, sums):
     splats, columns = sums.shape
     padded = pl.next_power_of_2(columns)
     splat = pl.program_id(0) * SPLATS + lax.iota(jnp.int32, SPLATS)
@@ -206,9 +220,9 @@ def _sum_by_splat(first, rows, sums):
     column = lax.broadcasted_iota(jnp.int32, (SPLATS, padded), 1)
 
     def add(i, total):
-        at = begin + i
-        used = (at < end)[:, None] & (column < columns)
-        return total + plgpu.load(rows.at[at[:, None], column], mask=used, other=0)
+        slot = begin + i
+        drawn = plgpu.load(written.at[slot], mask=slot < end, other=0) > 0
+        return total + plgpu.load(rows.at[slot[:, None], column], mask=drawn[:, None] & (column < columns), other=0)
 
     total = lax.fori_loop(0, jnp.max(end - begin), add, jnp.zeros((SPLATS, padded), rows.dtype))
     plgpu.store(sums.at[splat[:, None], column], total, mask=(splat < splats)[:, None] & (column < columns))

@@ -104,8 +104,8 @@ def backward(
     last: Int[Array, "tiles px"],
     sums_bar: Float[Array, "tiles c px"],
     transmittance_bar: Float[Array, "tiles px"],
-) -> Float[Array, "p k"]:
-    """Gradient of every slot's row of the table.
+) -> Float[Array, "n k"]:
+    """Gradient of the table: of every slot, then summed over each splat's slots in order.
 
     Back to front, with v_i = f_i . sums_bar the value of splat i in a pixel and R_i = sum_{j>i} w_j v_j + T bar(T) what
     lies behind it (T the final transmittance), d loss / d alpha_i = T_i v_i - R_i / (1 - alpha_i). The transmittance
@@ -158,12 +158,8 @@ def backward(
 
     gradients = jnp.zeros((pairs.slot.size, table.shape[1]), table.dtype)
     state = _varying_as(start, (Queue.over(tiles), transmittance, behind, gradients))
-    return lax.while_loop(lambda state: jnp.any(state[0].place < busy), step, state)[-1]
-
-
-def sum_by_splat(by_slot: Float[Array, "p k"], pairs: Pairs) -> Float[Array, "n k"]:
-    """Sums of each splat's slots, in the order of the slots; those not in use are zero."""
-    return jax.ops.segment_sum(by_slot, pairs.splat, pairs.first.size - 1, indices_are_sorted=True)
+    *_, gradients = lax.while_loop(lambda state: jnp.any(state[0].place < busy), step, state)
+    return jax.ops.segment_sum(gradients, pairs.splat, table.shape[0], indices_are_sorted=True)
 
 
 def _varying_as(reference: Array, tree):

@@ -115,15 +115,14 @@ def test_values_and_gradients_equal_dense(rng, weights, implementation, dtype, k
 def test_same_bits_twice_and_with_spare_slots(rng, weights, implementation):
     splats = make_splats(rng, "float32")
 
-    def run(pairs):
-        def total(splats):
-            return loss(blend(splats, pairs, GRID, implementation=implementation), weights)
+    @jax.jit
+    @jax.value_and_grad
+    def run(splats, pairs):
+        return loss(blend(splats, pairs, GRID, implementation=implementation), weights)
 
-        return jax.jit(jax.value_and_grad(total))(splats)
-
-    first = run(all_pairs())
-    jax.tree.map(np.testing.assert_array_equal, first, run(all_pairs()))
-    jax.tree.map(np.testing.assert_array_equal, first, run(all_pairs(spare=77)))
+    first = run(splats, all_pairs())
+    jax.tree.map(np.testing.assert_array_equal, first, run(splats, all_pairs()))
+    jax.tree.map(np.testing.assert_array_equal, first, run(splats, all_pairs(spare=77)))
 
 
 def test_empty_tiles_keep_full_transmittance(rng, implementation):
@@ -137,12 +136,13 @@ def test_empty_tiles_keep_full_transmittance(rng, implementation):
 def test_splats_without_pairs_do_not_matter_and_get_no_gradient(rng, weights, implementation):
     splats, missing = make_splats(rng, "float32"), np.array([0, 1, 40, 95, 179])
 
-    def total(splats, pairs):
+    @jax.jit
+    @jax.value_and_grad
+    def run(splats, pairs):
         return loss(blend(splats, pairs, GRID, implementation=implementation), weights)
 
-    value, gradients = jax.jit(jax.value_and_grad(total))(splats, all_pairs(without=missing))
-    invisible = splats._replace(opacities=splats.opacities.at[missing].set(CUT / 2))
-    wanted, wanted_gradients = jax.jit(jax.value_and_grad(total))(invisible, all_pairs())
+    value, gradients = run(splats, all_pairs(spare=len(missing) * GRID.tiles // GRID.images, without=missing))
+    wanted, wanted_gradients = run(splats._replace(opacities=splats.opacities.at[missing].set(CUT / 2)), all_pairs())
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
     for got, expected in zip(gradients, wanted_gradients, strict=True):
         assert np.all(np.asarray(got)[missing] == 0)
@@ -158,6 +158,6 @@ def test_vmap_equals_loop(rng, implementation):
         return jnp.sum(sums**2) + jnp.sum(transmittance)
 
     mapped = jax.jit(jax.vmap(jax.grad(total)))(jax.tree.map(lambda *a: jnp.stack(a), *splats))
-    alone = [jax.jit(jax.grad(total))(one) for one in splats]
-    looped = jax.tree.map(lambda *a: jnp.stack(a), *alone)
+    one = jax.jit(jax.grad(total))
+    looped = jax.tree.map(lambda *a: jnp.stack(a), *map(one, splats))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), mapped, looped)
