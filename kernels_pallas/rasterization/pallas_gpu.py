@@ -2,19 +2,21 @@
 
 All 256 pixels of the tile are worked on at once, by so few warps that a thread holds four or eight of them: what is the
 same for all pixels, a splat's row of the table, is then loaded once for many, and the sums over the pixels that the
-gradient needs are first taken inside threads, last within one warp, without shared memory and barriers. `UNROLL` pairs
-are loaded together, so that their loads overlap; whether any pixel is unfinished is asked once for them all.
+gradient needs are first taken inside threads, last within one warp, without shared memory and barriers. A few pairs are
+loaded together, so that their loads overlap, and the numbers of the next few meanwhile; whether any pixel is unfinished
+is asked once for them all.
 
 No matrix products here. The six terms of the exponent, padded to the 16 that Triton's products want, cost 16 multiply-
 adds per pair and pixel in float32, which no tensor core has, or 3 x 16 in split TF32, which on an H200 take a tensor
 core as long as 6 take the other units. Written about the splat's centre with what depends on dx alone apart, the
-exponent is three multiply-adds per pixel, since a thread's pixels stand above each other; and it does not cancel.
+exponent is two multiply-adds per pixel, since a thread's pixels stand above each other; and it does not cancel.
 
 Nothing is added atomically: a pair's gradient goes to its own slot, and a second kernel adds a splat's slots in order.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -40,7 +42,7 @@ def forward(
     features = table.shape[1] - GEOMETRY
     shapes = (grid.tiles, features, PIXELS), (grid.tiles, PIXELS), (grid.tiles, PIXELS)
     outputs = pl.pallas_call(
-        functools.partial(_forward, grid=grid, max_alpha=max_alpha),
+        functools.partial(_forward, _arithmetic(table.dtype, interpret), grid=grid, max_alpha=max_alpha),
         name="blend_forward",
         grid=(grid.tiles,),
         in_specs=[_whole()] * 4,
@@ -73,7 +75,7 @@ def backward(
     slots, splats, columns = pairs.slot.size, *table.shape
     inputs = [table, pairs.splat, pairs.slot, pairs.start, *of_tile, jnp.zeros(slots, jnp.int8)]
     rows, written = pl.pallas_call(
-        functools.partial(_backward, grid=grid, max_alpha=max_alpha),
+        functools.partial(_backward, _arithmetic(table.dtype, interpret), grid=grid, max_alpha=max_alpha),
         name="blend_backward",
         grid=(grid.tiles,),
         in_specs=[_whole()] * 4 + [_of_tile(a.shape) for a in of_tile] + [_whole()],
@@ -93,6 +95,36 @@ def backward(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
     )(pairs.first, rows, written)
+
+
+class Arithmetic(NamedTuple):
+    """Elementwise operations on (256,) pixels that PTX has and XLA's Triton does not make of what JAX has."""
+
+    multiply_add: Callable[[Array, Array, Array], Array]
+    exp2: Callable[[Array], Array]
+    reciprocal: Callable[[Array], Array]
+
+
+def _ptx(instruction: str) -> Callable[..., Array]:
+    """A PTX instruction of float32 numbers, for each pixel."""
+
+    def run(*operands):
+        operands = [jnp.broadcast_to(a, PIXELS) for a in operands]
+        places = ", ".join(f"${i}" for i in range(len(operands) + 1))
+        (result,) = plgpu.elementwise_inline_asm(
+            f"{instruction} {places};",
+            args=operands,
+            constraints=",".join(["=f"] + ["f"] * len(operands)),
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct((PIXELS,), jnp.float32)],
+        )
+        return result
+
+    return run
+
+
+PLAIN = Arithmetic(lambda x, y, z: x * y + z, jnp.exp2, lambda x: 1 / x)
+PTX = Arithmetic(_ptx("fma.rn.f32"), _ptx("ex2.approx.ftz.f32"), _ptx("rcp.approx.ftz.f32"))
 
 
 class Splat(NamedTuple):
@@ -115,7 +147,7 @@ class Drawn(NamedTuple):
     alpha: Float[Array, "px"]
 
 
-def _forward(table, splat, slot, start, sums_out, transmittance_out, last_out, *, grid, max_alpha):
+def _forward(arithmetic, table, splat, slot, start, sums_out, transmittance_out, last_out, *, grid, max_alpha):
     tile = pl.program_id(0)
     begin, end = start[tile], start[tile + 1]
     x, y, inside = _pixels(tile, grid, table.dtype)
@@ -132,9 +164,9 @@ def _forward(table, splat, slot, start, sums_out, transmittance_out, last_out, *
     def blend_some(state):
         place, numbers, transmittance, last, sums = state
         splats = [_load(table, n, place + i < end) for i, n in enumerate(numbers)]
-        numbers = numbers_from(place + FORWARD_UNROLL)
+        next_numbers = numbers_from(place + FORWARD_UNROLL)
         for i, s in enumerate(splats):
-            alpha = jnp.minimum(_draw(s, x, y).alpha, max_alpha)
+            alpha = jnp.minimum(_draw(arithmetic, s, x, y).alpha, max_alpha)
             weight = alpha * transmittance
             after = transmittance - weight
             unstopped = after > STOP
@@ -142,8 +174,8 @@ def _forward(table, splat, slot, start, sums_out, transmittance_out, last_out, *
             weight = jnp.where(drawn, weight, 0)
             transmittance = jnp.where(unstopped, after, -jnp.abs(transmittance))
             last = jnp.where(drawn, place + i + 1 - begin, last)
-            sums = [total + weight * f for total, f in zip(sums, s.features, strict=True)]
-        return place + FORWARD_UNROLL, numbers, transmittance, last, sums
+            sums = [arithmetic.multiply_add(weight, f, total) for total, f in zip(sums, s.features, strict=True)]
+        return place + FORWARD_UNROLL, next_numbers, transmittance, last, sums
 
     zeros = jnp.zeros(PIXELS, table.dtype)
     transmittance, last = jnp.where(inside, 1, zeros - 1), jnp.zeros(PIXELS, jnp.int32)
@@ -155,27 +187,14 @@ def _forward(table, splat, slot, start, sums_out, transmittance_out, last_out, *
         sums_out[0, k, :] = sums[k]
 
 
-def _backward(
-    table,
-    splat,
-    slot,
-    start,
-    transmittance,
-    last,
-    sums_bar,
-    transmittance_bar,
-    _,
-    rows_out,
-    written,
-    *,
-    grid,
-    max_alpha,
-):
+def _backward(arithmetic, table, splat, slot, start, *references, grid, max_alpha):
+    transmittance, last, sums_bar, transmittance_bar, _, rows_out, written = references
     tile = pl.program_id(0)
     begin = start[tile]
     x, y, _ = _pixels(tile, grid, table.dtype)
     last = last[0, :]
     sums_bar = [sums_bar[0, k, :] for k in range(sums_bar.shape[1])]
+    zeros = jnp.zeros(PIXELS, table.dtype)
 
     def slots_from(place):
         return [slot[jnp.minimum(jnp.maximum(place - i, begin), slot.size - 1)] for i in range(BACKWARD_UNROLL)]
@@ -183,28 +202,30 @@ def _backward(
     def unblend_some(state):
         place, slots, numbers, after, behind = state
         splats = [_load(table, n, place - i >= begin) for i, n in enumerate(numbers)]
-        coming = slots_from(place - BACKWARD_UNROLL)
-        coming = coming, [splat[n] for n in coming]
+        next_slots = slots_from(place - BACKWARD_UNROLL)
+        next_numbers = [splat[n] for n in next_slots]
         rows = []
         for i, s in enumerate(splats):
-            dx, dy, alpha = _draw(s, x, y)
+            dx, dy, alpha = _draw(arithmetic, s, x, y)
             alpha = jnp.where(place - i - begin < last, alpha, 0)
             clamped = alpha > max_alpha
             alpha = jnp.minimum(alpha, max_alpha)
-            value = sum(f * bar for f, bar in zip(s.features, sums_bar, strict=True))
-            inverse = 1 / (1 - alpha)
+            value = zeros
+            for f, feature_bar in zip(s.features, sums_bar, strict=True):
+                value = arithmetic.multiply_add(f, feature_bar, value)
+            inverse = arithmetic.reciprocal(1 - alpha)
             after = after * inverse
             weight = alpha * after
             shown = weight * value
-            bar = jnp.where(clamped, 0, shown - behind * (alpha * inverse))
-            behind = behind + shown
+            bar = jnp.where(clamped, 0, arithmetic.multiply_add(-behind, alpha * inverse, shown))
+            behind = arithmetic.multiply_add(weight, value, behind)
             rows.append(_row_gradient(s, dx, dy, bar) + [jnp.sum(weight * bar) for bar in sums_bar])
         for i, (n, row) in enumerate(zip(slots, rows, strict=True)):
             there = place - i >= begin
             plgpu.store(written.at[n], jnp.ones((), jnp.int8), mask=there)
             for k, value in enumerate(row):
                 plgpu.store(rows_out.at[n, np.int32(k)], value, mask=there)
-        return place - BACKWARD_UNROLL, *coming, after, behind
+        return place - BACKWARD_UNROLL, next_slots, next_numbers, after, behind
 
     place, final = begin + jnp.max(last) - 1, transmittance[0, :]
     slots = slots_from(place)
@@ -235,11 +256,13 @@ def _load(table, number: Int[Array, ""], there: Bool[Array, ""]) -> Splat:
     return Splat(*row[: GEOMETRY - 1], log_opacity, row[GEOMETRY:])
 
 
-def _draw(s: Splat, x: Array, y: Array) -> Drawn:
+def _draw(arithmetic: Arithmetic, s: Splat, x: Array, y: Array) -> Drawn:
     """Alpha of the splat: exp(log o - (a dx^2 + 2 b dx dy + c dy^2) / 2)."""
+    multiply_add = arithmetic.multiply_add
     a, b, c = -0.5 * LOG2E * s.a, -LOG2E * s.b, -0.5 * LOG2E * s.c
     dx, dy = x - s.x, y - s.y
-    alpha = jnp.exp2((a * dx * dx + LOG2E * s.log_opacity) + dy * (b * dx + c * dy))
+    of_dx = a * dx * dx + LOG2E * s.log_opacity
+    alpha = arithmetic.exp2(multiply_add(dy, multiply_add(c, dy, b * dx), of_dx))
     return Drawn(dx, dy, jnp.where(alpha >= CUT, alpha, 0))
 
 
@@ -263,6 +286,11 @@ def _divide(n: Int[Array, "*shape"], by: int) -> tuple[Array, Array]:
     """Quotient and remainder of what is not negative."""
     by = lax.full_like(n, by)
     return lax.div(n, by), lax.rem(n, by)
+
+
+def _arithmetic(dtype, interpret: bool) -> Arithmetic:
+    """That of the hardware where it runs."""
+    return PTX if dtype == jnp.float32 and not interpret else PLAIN
 
 
 def _compiled(warps: int, features: int) -> plgpu.CompilerParams:
