@@ -126,7 +126,7 @@ def _covariance(arrows: list[list[Array]], eps2d: float) -> tuple[Array, Array, 
 
 
 def antialiasing(projected: Projected) -> Float[Array, "*batch g"]:
-    """What dilation would add to each Gaussian's light: sqrt(det / det dilated) (Yu et al. 2024, Mip-Splatting, Eq. 9).
+    """What undoes the light that dilation adds, sqrt(det / det dilated): Mip-Splatting (Yu et al. 2024), 2D.
 
     Zero, with a zero gradient, for needles and points too thin for the dtype.
     """

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DIFFERENTIABLE = ("means", "scales", "quats", "opacities", "colors", "background", "world_from_camera", "intrinsics")
 ALL_ON = {"depth": "expected", "normals": True, "antialias": True}
@@ -107,6 +109,27 @@ def test_what_is_not_drawn_has_zero_gradient(rng, make_inputs, gradients_of, eve
     assert np.all((np.asarray(gradients["colors"])[[3, 6, 7]] == 0) == everything)
     assert np.all(np.isfinite(gradients["world_from_camera"]))
     assert np.all(np.isfinite(gradients["intrinsics"]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([1e-22, 1e-6, 0.3, 20.0, 1e12]),
+    squash=st.sampled_from([1.0, 1e-4, 0.0]),
+    shrink=st.sampled_from([1.0, 1e-30, 0.0]),
+    broken=st.integers(-1, 19),
+)
+def test_gradients_of_any_gaussians_are_finite(make_inputs, gradients_of, seed, scale, squash, shrink, broken):
+    """Needles, discs, points, Gaussians that cover everything or are too large; short quaternions; one perhaps NaN."""
+    inputs = make_inputs(np.random.default_rng(seed), 20, 1, 24, 24, scale=scale)
+    inputs["scales"][:, 0] *= squash
+    inputs["quats"] *= shrink
+    inputs["means"][:6] = inputs["means"][0]
+    if broken >= 0:
+        inputs["opacities"][broken] = np.nan
+    gradients = gradients_of(inputs, everything=True)
+    assert all(np.all(np.isfinite(g)) for g in gradients.values())
+    assert broken < 0 or all(np.all(np.asarray(gradients[key])[broken] == 0) for key in DIFFERENTIABLE[:5])
 
 
 def test_empty_pixels_have_zero_gradient(rng, make_inputs, draw, gradients_of):

@@ -1,5 +1,6 @@
 """Scenes and views as axes: loops, vmap, shard_map, and meshes of eight simulated devices."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from geolrm_jax.rendering import rasterize, rasterize_sharded
+from geolrm_jax.rendering.drawing import Options
 
 PROGRAM = """
 import functools, json, math, re, sys
@@ -134,6 +136,13 @@ def test_explicit_axes_are_read_from_the_types():
     assert result["pairs"][1] % 8 == 0 and result["pairs"][1] >= result["pairs"][0]
     assert result["overflow"] == 0
     assert result["partial"] == result["pairs"][0] - 8
+
+
+def test_both_functions_have_the_same_defaults():
+    """`rasterize_sharded` hands its options on by name."""
+    signature = inspect.signature(rasterize).parameters
+    defaults = {name: signature[name].default for name in Options._fields if name != "capacity"}
+    assert defaults == {name: value for name, value in Options._field_defaults.items() if name != "capacity"}
 
 
 def test_sharding_needs_axes_that_exist(rng, make_inputs, objects_of):
