@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from geolrm_jax.rendering.rasterizer import count_pairs, rasterize
+from geolrm_jax.rendering.rasterizer import count_pairs, rasterize, roomy
 from geolrm_jax.scene import Cameras, Gaussians, Rendering
 
 
@@ -18,8 +18,8 @@ class Renderer:
     def make_room(self, gaussians: Gaussians, cameras: Cameras) -> None:
         """Grows the capacity if these pairs do not fit."""
         pairs = count_pairs(gaussians, cameras)
-        if pairs > self.capacity:
-            self.capacity = pairs + pairs // 2 + 1
+        if roomy(pairs) > self.capacity:
+            self.capacity = roomy(pairs + pairs // 2)
 
     def __call__(self, gaussians: Gaussians, cameras: Cameras) -> Rendering:
         """Pictures over white; `make_room` comes first, else `Rendering.overflow` may not be zero."""

@@ -75,7 +75,7 @@ def rasterize(
     gaussians, cameras, background = _checked(gaussians, cameras, background)
     lens = {"near": near, "far": far, "eps2d": eps2d, "antialias": antialias}
     if capacity == "auto":
-        capacity = _roomy(count_pairs(gaussians, cameras, **lens))
+        capacity = roomy(count_pairs(gaussians, cameras, **lens))
     rest = {"depth": depth, "normals": normals, "max_alpha": max_alpha, "implementation": implementation}
     options = _options(**lens, **rest, capacity=capacity)
     return _rasterize(gaussians, cameras, background, options, typed_layout(gaussians, cameras))
@@ -154,7 +154,7 @@ def _rasterize(gaussians, cameras, background, options: Options, layout: Layout)
     return Rendering(**pictures._asdict(), invalid=invalid)
 
 
-def _roomy(pairs: int) -> int:
+def roomy(pairs: int) -> int:
     """A capacity for so many pairs, in steps of an eighth, so that nearby scenes share a compiled program.
 
     A few more than counted: another program may round a tile at the edge of an ellipse the other way.
