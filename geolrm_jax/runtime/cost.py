@@ -29,9 +29,10 @@ LAYOUT = {
     "squeeze",
     "transpose",
 }
-COPIES = {"convert_element_type", "copy", "copy_p", "dynamic_slice", "dynamic_update_slice", "get", "slice", "swap"}
+COPIES = {"convert_element_type", "copy", "copy_p", "dynamic_slice", "dynamic_update_slice", "slice"}
+REFERENCES = {"get", "masked_load", "masked_swap", "swap"}  # to and from memory, in kernels
 MARKS = {"device_put", "name", "optimization_barrier", "pvary", "sharding_constraint", "stop_gradient"}
-FREE = LAYOUT | COPIES | MARKS
+FREE = LAYOUT | COPIES | REFERENCES | MARKS
 # No simple function of their shapes: they are named, and count nothing.
 UNCOUNTED = {
     "cholesky",
@@ -121,7 +122,7 @@ def _equation(equation: JaxprEqn) -> Cost:
         return Cost(other=outputs[0] * equation.invars[0].aval.shape[-1])
     if name.startswith("scatter"):
         return Cost(other=_elements(equation.invars[2])) if floating else Cost()
-    if name == "gather":
+    if name in ("gather", "atomic_rmw"):  # of a kernel's atomic operations only the part that it touches counts
         return Cost(other=outputs[0]) if floating else Cost()
     if name in CONTROL:
         return CONTROL[name](equation)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 from jax.sharding import PartitionSpec as P
 
 from geolrm_jax.models.attention import attention
@@ -196,6 +197,19 @@ def test_a_kernel_counts_in_every_cell_of_its_grid():
         out_shape=shape(32, 16),
     )
     assert count(call, shape(32, 16), shape(16, 16)).matmul == 2 * 32 * 16 * 16
+
+
+def test_what_a_kernel_loads_and_stores_is_not_computed():
+    """However large the array in memory: 8 elements are added to 8, and 8 added atomically, in each of 4 programs."""
+
+    def kernel(x, table, out):
+        start = pl.program_id(0) * 8
+        rows = table.at[pl.ds(start, 8)]
+        plgpu.store(out.at[pl.ds(start, 8)], plgpu.load(x.at[pl.ds(start, 8)]) + plgpu.load(rows))
+        plgpu.atomic_add(table, (pl.ds(start, 8),), x[pl.ds(start, 8)])
+
+    call = pl.pallas_call(kernel, grid=(4,), out_shape=shape(32))
+    assert count(call, shape(32), shape(1000)).total == 4 * (8 + 8)
 
 
 def test_calls_with_their_own_derivative_are_walked():
