@@ -284,7 +284,7 @@ def export(gaussians: Gaussians, out: Path, *, size: int, flavour: Flavour = "3d
 
 def turntable_frames(gaussians: Gaussians, size: int) -> Iterator[np.ndarray]:
     """Pictures (size, size, 3) of one scene on white, around the object once."""
-    rig, render = turntable(FRAMES, size=size), Renderer()
+    rig, render = turntable(FRAMES, size=size), Renderer(background=jnp.ones(3))
     cameras = [jax.tree.map(lambda x: jnp.asarray(x[view : view + 1]), rig) for view in range(FRAMES)]  # noqa: B023
     for camera in cameras:
         render.make_room(gaussians, camera)

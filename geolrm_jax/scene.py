@@ -147,7 +147,7 @@ class Rendering:
       depth: sum of weight times z, or that divided by alpha, as asked.
       normal: sum of weight times the Gaussians' normals in the world, turned to the camera, or None.
       overflow: (Gaussian, tile) pairs that did not fit the capacity, over the whole call; 0 in a complete picture.
-      invalid: Gaussians left out because a value was not finite.
+      invalid: Gaussians left out because a value was not finite, and views left blank because of their camera.
     """
 
     rgb: Float[AnyArray, "*batch h w c"]

@@ -52,7 +52,7 @@ def evaluate_objects(
     """
     if not len(chosen):
         raise ValueError("the data set has no objects to evaluate")
-    results, render = [], Renderer()
+    results, render = [], Renderer(background=jnp.ones(3))
     with logging.progress("evaluation", len(chosen), unit="object") as bar:
         for done, index in enumerate(chosen):
             runs = TIMED_RUNS if done == 0 else 1

@@ -1,11 +1,14 @@
 """Quaternions (wxyz) and rotation matrices."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
 def normalize(vectors: Float[Array, "*batch d"], epsilon: float = 1e-12) -> Float[Array, "*batch d"]:
     """Unit vectors; a zero vector stays zero, with a finite gradient."""
+    largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True, initial=1.0)
+    vectors = vectors / jax.lax.stop_gradient(largest)  # the square of a large one would overflow
     squared = jnp.sum(vectors**2, axis=-1, keepdims=True)
     return vectors * jnp.where(squared > epsilon**2, 1.0 / jnp.sqrt(jnp.maximum(squared, epsilon**2)), 0.0)
 

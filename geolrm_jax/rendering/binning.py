@@ -1,8 +1,8 @@
 """Which Gaussian touches which tile: (splat, tile) pairs in tile order, front to back within a tile.
 
-Order is exact, without a 64-bit key. Splats are first ordered by the bits of their float32 depth, view by view; pairs
-are then laid out in that order, so that a stable sort by the tile's number alone leaves every tile front to back
-(equal depths: the lower index first).
+Order is exact, without a 64-bit key. Splats are first ordered by the bits of their depth, view by view; pairs are then
+laid out in that order, so that a stable sort by the tile's number alone leaves every tile front to back (equal depths:
+the lower index first).
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from geolrm_jax.rendering.projection import Projected
 from kernels_pallas.rasterization.shapes import CUT, TILE, Grid, Pairs
@@ -20,11 +20,11 @@ REACH_SLACK = 1e-3
 SLOT_MULTIPLE = 256  # arrays of slots of an odd length take XLA half as long again
 
 
-def stable_order(keys: Int[Array, "*batch n"], bits: int) -> Int[Array, "*batch n"]:
-    """Indices that sort non-negative `bits`-bit integers along the last axis, equal keys in place.
+def stable_order(keys: Integer[Array, "*batch n"], bits: int) -> Int[Array, "*batch n"]:
+    """Indices that sort `bits`-bit integers without a sign along the last axis, equal keys in place.
 
-    A least-significant-digit radix sort whose passes sort one 32-bit word, digit above position: XLA's sort of a
-    single integer operand is several times faster than one that carries a second along, on CPU and on GPU.
+    A least-significant-digit radix sort whose passes sort one 32-bit word, digit above position: on CPU XLA's sort of a
+    single integer operand is several times faster than one that carries a second along, and on GPU it is CUB's.
     """
     n = keys.shape[-1]
     position_bits = max(1, (n - 1).bit_length())
@@ -40,8 +40,13 @@ def stable_order(keys: Int[Array, "*batch n"], bits: int) -> Int[Array, "*batch 
 
 def depth_order(depth: Float[Array, "m g"], visible: Bool[Array, "m g"]) -> Int[Array, "m g"]:
     """Indices of each view's splats from near to far, the invisible last."""
-    bits = lax.bitcast_convert_type(depth.astype(jnp.float32), jnp.int32)  # of positive floats: ordered as they are
-    return stable_order(jnp.where(visible, bits, jnp.iinfo(jnp.int32).max), 31)
+    words = lax.bitcast_convert_type(depth, jnp.uint32)  # of positive floats: ordered as they are
+    last = jnp.iinfo(jnp.int32).max
+    if depth.dtype == jnp.float32:
+        return stable_order(jnp.where(visible, words, last), 31)
+    low, high = words[..., 0], jnp.where(visible, words[..., 1], last)  # of float64
+    order = stable_order(low, 32)
+    return jnp.take_along_axis(order, stable_order(jnp.take_along_axis(high, order, -1), 31), -1)
 
 
 class Footprint(NamedTuple):
@@ -106,7 +111,7 @@ def tile_counts(footprint: Footprint, grid: Grid) -> Int[Array, "n"]:
 
 
 def _nth_tile(footprint: Footprint, n: Int[Array, "p"], grid: Grid) -> Int[Array, "p"]:
-    """The n-th tile of each Gaussian, row by row, as row * columns + column."""
+    """The n-th tile of each Gaussian, row by row, as row * columns + column; -1 if it has fewer."""
 
     def step(r, state):
         left, tile = state  # tiles of this Gaussian still to be counted off
@@ -114,7 +119,7 @@ def _nth_tile(footprint: Footprint, n: Int[Array, "p"], grid: Grid) -> Int[Array
         first, count = columns(footprint, row, grid)
         return left - count, jnp.where((left >= 0) & (left < count), row * grid.columns + first + left, tile)
 
-    return lax.fori_loop(0, jnp.max(footprint.rows), step, (n, jnp.zeros_like(n)))[1]
+    return lax.fori_loop(0, jnp.max(footprint.rows), step, (n, jnp.full_like(n, -1)))[1]
 
 
 def make_pairs(
@@ -142,8 +147,8 @@ def make_pairs(
     splat = jnp.repeat(jnp.arange(counts.size, dtype=jnp.int32), counts, total_repeat_length=slots.size)
 
     tile = _nth_tile(jax.tree.map(lambda a: a[gaussian[splat]], footprint), slots - (ends - counts)[splat], grid)
-    tile = tile + splat // order.shape[1] * (grid.rows * grid.columns)
-    tile = jnp.where(slots < jnp.minimum(ends[-1], capacity), tile, grid.tiles)
+    exists = (slots < jnp.minimum(ends[-1], capacity)) & (tile >= 0)
+    tile = jnp.where(exists, tile + splat // order.shape[1] * (grid.rows * grid.columns), grid.tiles)
     slot = stable_order(tile, grid.tiles.bit_length())
     start = jnp.searchsorted(tile[slot], jnp.arange(grid.tiles + 1, dtype=jnp.int32)).astype(jnp.int32)
     overflow = jnp.where(fits, jnp.maximum(ends[-1] - capacity, 0), jnp.iinfo(jnp.int32).max)

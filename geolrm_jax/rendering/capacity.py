@@ -1,18 +1,22 @@
 """One compiled rasterizer for many scenes: a capacity that only grows."""
 
-import jax.numpy as jnp
+from jaxtyping import Float
 
 from geolrm_jax.rendering.rasterizer import count_pairs, rasterize, roomy
-from geolrm_jax.scene import Cameras, Gaussians, Rendering
+from geolrm_jax.scene import AnyArray, Cameras, Gaussians, Rendering
 
 
 class Renderer:
-    """Renders scene after scene on white with a capacity that holds the largest so far, half as much again.
+    """Renders scene after scene with a capacity that holds the largest so far, half as much again.
 
     `rasterize` with capacity "auto" compiles anew for every size of scene; this does only when one does not fit.
+
+    Args:
+      background: of `rasterize`.
     """
 
-    def __init__(self):
+    def __init__(self, background: Float[AnyArray, "..."] | None = None):
+        self.background = background
         self.capacity = 1  # the least there is: a scene may be empty
 
     def make_room(self, gaussians: Gaussians, cameras: Cameras) -> None:
@@ -22,5 +26,5 @@ class Renderer:
             self.capacity = roomy(pairs + pairs // 2)
 
     def __call__(self, gaussians: Gaussians, cameras: Cameras) -> Rendering:
-        """Pictures over white; `make_room` comes first, else `Rendering.overflow` may not be zero."""
-        return rasterize(gaussians, cameras, background=jnp.ones(3), capacity=self.capacity)
+        """The pictures; `make_room` comes first, else `Rendering.overflow` may not be zero."""
+        return rasterize(gaussians, cameras, background=self.background, capacity=self.capacity)

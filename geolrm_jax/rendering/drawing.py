@@ -16,6 +16,9 @@ from geolrm_jax.scene import Cameras, Gaussians
 from kernels_pallas.rasterization.api import Splats, blend
 from kernels_pallas.rasterization.shapes import Grid
 
+FLATTEST = 1e-6  # volume spanned by a camera's three axes of unit length, below which it counts as singular
+SHORTEST_FOCAL = 1e-6  # pixels
+
 
 class Options(NamedTuple):
     """The arguments of `rasterize` that are part of the compiled program."""
@@ -41,9 +44,24 @@ class Pictures(NamedTuple):
     overflow: Int[Array, ""]
 
 
-def widened(cameras: Cameras) -> Cameras:
-    """The cameras in at least float32."""
-    return Cameras(full(cameras.world_from_camera), full(cameras.intrinsics), cameras.height, cameras.width)
+def usable(cameras: Cameras) -> tuple[Cameras, Bool[Array, "*views"]]:
+    """The cameras in at least float32, plain ones for those that are singular or not finite, and which are not.
+
+    Replaced and not only skipped: the derivative of their inverse would be NaN, and reach the Gaussians of all views.
+    """
+    pose, k = full(cameras.world_from_camera), full(cameras.intrinsics)
+    rows = lax.stop_gradient(pose[..., :3, :3])
+    volume = jnp.abs(jnp.sum(rows[..., 0, :] * jnp.cross(rows[..., 1, :], rows[..., 2, :]), axis=-1))
+    invertible = volume > FLATTEST * jnp.prod(jnp.linalg.norm(rows, axis=-1), axis=-1)
+    invertible &= jnp.linalg.det(lax.stop_gradient(pose)) != 0
+    focal = jnp.minimum(jnp.abs(k[..., 0, 0]), jnp.abs(k[..., 1, 1]))
+    finite = jnp.all(jnp.isfinite(pose), axis=(-2, -1)) & jnp.all(jnp.isfinite(k), axis=(-2, -1))
+    good = invertible & finite & (focal > SHORTEST_FOCAL)
+
+    def choose(given):
+        return jnp.where(good[..., None, None], given, jnp.eye(given.shape[-1], dtype=given.dtype))
+
+    return Cameras(choose(pose), choose(k), cameras.height, cameras.width), good
 
 
 def finite(gaussians: Gaussians) -> tuple[Gaussians, Int[Array, ""]]:
@@ -80,14 +98,15 @@ def _one_masked(gaussians: Gaussians) -> Gaussians:
 
 def count(gaussians: Gaussians, cameras: Cameras, options: Options) -> tuple[Int[Array, ""], Bool[Array, ""]]:
     """The (Gaussian, tile) pairs of finite Gaussians, and whether 32 bits can count them."""
-    projected, opacities, grid = _project(gaussians, cameras, options)
+    projected, opacities, grid = _project(gaussians, *usable(cameras), options)
     counts, fits = countable(tile_counts(footprints(*jax.tree.map(jnp.ravel, (projected, opacities)), grid), grid))
     return jnp.sum(counts), fits
 
 
 def draw(gaussians: Gaussians, cameras: Cameras, background: Array | None, options: Options) -> Pictures:
     """Pictures (..., V, H, W) of finite Gaussians."""
-    projected, opacities, grid = _project(gaussians, cameras, options)
+    cameras, good = usable(cameras)
+    projected, opacities, grid = _project(gaussians, cameras, good, options)
     pairs, index, overflow = make_pairs(*lax.stop_gradient((projected, opacities)), grid, options.capacity)
     features = _features(gaussians, cameras, projected, grid, normals=options.normals)
     splats = _splats(projected, opacities, features, index)
@@ -99,16 +118,19 @@ def draw(gaussians: Gaussians, cameras: Cameras, background: Array | None, optio
     rgb, z, normal = sums[..., :channels], sums[..., channels], sums[..., channels + 1 :]
     alpha = 1 - transmittance
     if background is not None:
-        rgb = rgb + transmittance[..., None] * jnp.asarray(background, rgb.dtype)[..., None, None, :]
+        rgb = rgb + transmittance[..., None] * background.astype(rgb.dtype)[..., None, None, :]
     if options.depth == "expected":
         z = jnp.where(alpha > 0, z / jnp.where(alpha > 0, alpha, 1), 0)
     return Pictures(rgb, alpha, z, normal if options.normals else None, overflow)
 
 
-def _project(gaussians: Gaussians, cameras: Cameras, options: Options) -> tuple[Projected, Float[Array, "m g"], Grid]:
+def _project(
+    gaussians: Gaussians, cameras: Cameras, good: Bool[Array, "*views"], options: Options
+) -> tuple[Projected, Float[Array, "m g"], Grid]:
     """Projections and opacities as (M, G), M all views of all scenes, and the tiles of those M images."""
     o, g = options, gaussians
     projected = project(g.means, g.scales, g.quats, cameras, near=o.near, far=o.far, eps2d=o.eps2d)
+    projected = projected._replace(visible=projected.visible & good[..., None])
     opacities = jnp.broadcast_to(g.opacities[..., None, :], projected.x.shape)
     if o.antialias:
         opacities = opacities * antialiasing(projected)

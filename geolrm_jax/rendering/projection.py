@@ -19,6 +19,7 @@ from geolrm_jax.scene import Cameras
 # Jacobian far off-axis would smear Gaussians at the border over the whole picture.
 JACOBIAN_MARGIN = 0.3
 MAX_SIGMA = 1e8  # pixels; the determinant of a larger Gaussian overflows float32
+MAX_SLOPE = 1e8  # x/z; farther off, no Gaussian of at most that size reaches the picture
 
 
 class Projected(NamedTuple):
@@ -30,8 +31,8 @@ class Projected(NamedTuple):
       determinant: of that covariance.
       undilated: determinant of the covariance without dilation.
       depth: camera z.
-      visible: False where the centre is not between the near and far planes, and for a covariance that is singular
-        or too large for float32; the other values are finite there too, and mean nothing.
+      visible: False where the centre is not between the near and far planes or too far aside, and for a covariance
+        that is singular or too large for float32; other values but depth are finite there too, and mean nothing.
     """
 
     x: Float[Array, "*batch g"]
@@ -76,7 +77,8 @@ def project(
     x, y, depth = x + pose[..., 0, 3, :], y + pose[..., 1, 3, :], depth + pose[..., 2, 3, :]
     drawn = (depth > near) & (depth < far)
     z = jnp.where(drawn, depth, 1.0)
-    x, y = x / z, y / z
+    drawn &= jnp.maximum(jnp.abs(x), jnp.abs(y)) < MAX_SLOPE * z
+    x, y = (jnp.where(drawn, a, 0) / z for a in (x, y))
 
     k = cameras.intrinsics[..., None]
     fx, fy = k[..., 0, 0, :], k[..., 1, 1, :]
@@ -111,8 +113,9 @@ def _transform(pose: Float[Array, "*views 4 4 1"], vector: list[Float[Array, "*s
 
 def _clamp_slope(slope: Array, focal: Array, centre: Array, size: int) -> Array:
     """x/z (or y/z) limited to the image and a margin around it."""
-    margin = JACOBIAN_MARGIN * 0.5 * size / focal
-    return jnp.clip(slope, -(centre / focal + margin), (size - centre) / focal + margin)
+    margin = JACOBIAN_MARGIN * 0.5 * size / jnp.abs(focal)
+    left, right = -centre / focal, (size - centre) / focal  # a negative focal length mirrors
+    return jnp.clip(slope, jnp.minimum(left, right) - margin, jnp.maximum(left, right) + margin)
 
 
 def _covariance(arrows: list[list[Array]], eps2d: float) -> tuple[Array, Array, Array, Array, Array]:

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from geolrm_jax.rendering.drawing import Options, finite, widened
+from geolrm_jax.rendering.drawing import Options, finite, usable
 from geolrm_jax.rendering.sharded import Layout, ambient_layout, count_sharded, draw_sharded, typed_layout
 from geolrm_jax.scene import AnyArray, Cameras, Gaussians, Rendering
 
 Depth = Literal["accumulated", "expected"]
+MOST_PAIRS = 2**31 - 2**20  # that 32 bits number, with room for what pads them
 
 
 def rasterize(
@@ -34,13 +36,19 @@ def rasterize(
 ) -> Rendering:
     """Renders Gaussians by tile-based splatting (Kerbl et al. 2023), differentiably.
 
-    Works under jit, grad, vmap and shard_map; scenes and views are array axes. Gradients reach means, scales, quats,
-    opacities, colors, background, `cameras.world_from_camera` (any invertible matrix) and `cameras.intrinsics`; they
-    are zero for what is not drawn, and the same input gives the same bits.
+    Works under jit, grad, vmap and shard_map; scenes and views are array axes. First derivatives, in reverse mode,
+    reach means, scales, quats, opacities, colors, background, `cameras.world_from_camera` (any invertible matrix) and
+    `cameras.intrinsics`; they are zero for what is not drawn. The same input gives the same bits (see `blend` for the
+    one exception, on GPUs).
 
     Conventions: OpenCV cameras, pixel centres at +0.5, depth is camera z; a Gaussian is dilated by `eps2d`, its alpha
     clamped at `max_alpha` and cut below 1/255; a pixel is finished before the Gaussian that would bring its
-    transmittance to 1e-4 or below.
+    transmittance to 1e-4 or below. Equal depths are blended in the order of the input. The perspective Jacobian is
+    taken at the centre, moved to within 15 % of the picture's size around the picture. A zero quaternion stands for no
+    rotation.
+
+    A Gaussian with a value that is not finite is left out of all views, and a view whose camera is singular or not
+    finite is blank; both are counted, and neither has a gradient.
 
     On a mesh whose axes are of type Explicit the arrays' types tell how scenes and views are split: each device draws
     its own. On one with axes of type Auto use `rasterize_sharded`, or call this inside `shard_map`: left alone, the
@@ -50,14 +58,14 @@ def rasterize(
       gaussians: leading axes (...), G of them in each scene; colors (..., G, C), or (..., V, G, C) for one set per
         view. Values of masked Gaussians are never looked at.
       cameras: leading axes (..., V).
-      background: (C,) or anything that broadcasts to (..., V, C); None is black.
+      background: anything that broadcasts to (..., V, C), such as (C,); None is black.
       depth: "accumulated" is the sum of weight times z; "expected" is that divided by alpha, 0 where alpha is 0.
       normals: also blend, with the colours' weights, every Gaussian's normal in the world: its shortest axis (of equal
         ones the first), turned towards the camera's centre. The sum is not normalised: its length is at most alpha,
         and it is 0 where nothing is drawn. Its gradient reaches `quats` and what the weights depend on.
-      near, far: only Gaussians whose centre lies strictly between are drawn; 0 <= near.
-      eps2d: variance added to each Gaussian in the picture, in pixels squared.
-      max_alpha: below one.
+      near, far: camera z between which the centre of what is drawn lies, strictly; 0 <= near < far.
+      eps2d: variance added to each Gaussian in the picture, in pixels squared, at least 0.
+      max_alpha: between zero and one.
       antialias: multiply opacities by sqrt(det / det dilated) of the covariance in the picture, so that the dilation
         adds no light (Yu et al. 2024, Mip-Splatting; gsplat's "antialiased"). The product is what is cut at 1/255.
       capacity: the number of (Gaussian, 16 x 16 tile) pairs to hold, over all scenes and views. "auto" counts them
@@ -66,11 +74,12 @@ def rasterize(
 
     Returns:
       A `Rendering`; `overflow` is the number of pairs beyond the capacity, which are missing from the picture (in the
-      last views, or at the back of the last view), and `invalid` that of unmasked Gaussians left out because one of
-      their values is not finite.
+      last views, or at the back of the last view), and `invalid` that of unmasked Gaussians and of views left out
+      because of their values.
 
     Raises:
-      ValueError: if shapes disagree, for "auto" under a transformation, and for a capacity below one.
+      ValueError: if shapes disagree, for options that are no numbers or out of range, and for capacity "auto" under a
+        transformation.
     """
     gaussians, cameras, background = _checked(gaussians, cameras, background)
     lens = {"near": near, "far": far, "eps2d": eps2d, "antialias": antialias}
@@ -144,14 +153,14 @@ def count_pairs(
 
 @functools.partial(jax.jit, static_argnames=("options", "layout"))
 def _count(gaussians: Gaussians, cameras: Cameras, options: Options, layout: Layout) -> tuple[Array, Array]:
-    return count_sharded(finite(gaussians)[0], widened(cameras), options, layout)
+    return count_sharded(finite(gaussians)[0], cameras, options, layout)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "layout"))
 def _rasterize(gaussians, cameras, background, options: Options, layout: Layout) -> Rendering:
     gaussians, invalid = finite(gaussians)
-    pictures = draw_sharded(gaussians, widened(cameras), background, options, layout)
-    return Rendering(**pictures._asdict(), invalid=invalid)
+    invalid += jnp.sum(~usable(cameras)[1], dtype=jnp.int32)
+    return Rendering(**draw_sharded(gaussians, cameras, background, options, layout)._asdict(), invalid=invalid)
 
 
 def roomy(pairs: int) -> int:
@@ -165,31 +174,59 @@ def roomy(pairs: int) -> int:
 
 
 def _checked(gaussians: Gaussians, cameras: Cameras, background) -> tuple[Gaussians, Cameras, Array | None]:
-    """The arguments as JAX arrays whose shapes agree."""
+    """The arguments as JAX arrays whose shapes agree, the background broadcast."""
     gaussians, cameras = jax.tree.map(jnp.asarray, (gaussians, cameras))
-    background = None if background is None else jnp.asarray(background)
     means, colors, views = gaussians.means.shape, gaussians.colors.shape, cameras.intrinsics.shape[:-2]
-    if views[:-1] != means[:-2] or math.prod(views) == 0 or not views:
+    lead = means[:-1]
+    if len(views) != len(lead) or views[:-1] != lead[:-1] or math.prod(views) == 0:
         raise ValueError(
             "cameras must have the Gaussians' leading axes and one more, of at least one view: "
             f"means are {means}, intrinsics {cameras.intrinsics.shape}"
         )
-    if colors[:-1] not in (means[:-1], (*views, means[-2])):
-        raise ValueError(f"colors are {colors}; expected {means[:-1]} or {(*views, means[-2])}, then channels")
-    if background is not None and (background.ndim == 0 or background.shape[-1] != colors[-1]):
-        raise ValueError(f"background is {background.shape}; its last axis must be the {colors[-1]} channels of colors")
+    expected = dict(means=(*lead, 3), scales=(*lead, 3), quats=(*lead, 4), opacities=lead, mask=lead)
+    given = {name: np.shape(getattr(gaussians, name)) for name in expected}
+    for name, square in (("world_from_camera", (4, 4)), ("intrinsics", (3, 3))):
+        expected[name], given[name] = (*views, *square), np.shape(getattr(cameras, name))
+    for name, shape in given.items():
+        if shape != expected[name]:
+            raise ValueError(f"{name} is {shape}; expected {expected[name]}, as means are {means} and views {views}")
+    if colors[:-1] not in (lead, (*views, means[-2])):
+        raise ValueError(f"colors are {colors}; expected {lead} or {(*views, means[-2])}, then channels")
+    if gaussians.mask.dtype != bool:
+        raise ValueError(f"mask is of type {gaussians.mask.dtype}; expected bool")
+    if min(cameras.height, cameras.width) < 1:
+        raise ValueError(f"pictures are {cameras.height} x {cameras.width}; expected at least one pixel")
+    if background is not None:
+        background, wanted = jnp.asarray(background), (*views, colors[-1])
+        fits = all(n in (1, m) for n, m in zip(background.shape[::-1], wanted[::-1], strict=False))
+        if background.ndim > len(wanted) or not fits:
+            raise ValueError(f"background is {background.shape}; expected what broadcasts to {wanted}: views, channels")
+        background = jnp.broadcast_to(background, wanted)
     return gaussians, cameras, background
 
 
 def _options(**given: Any) -> Options:
     """Options whose values are allowed."""
     o = Options(**given)
+    numbers = {name: _number(name, getattr(o, name)) for name in ("near", "far", "eps2d", "max_alpha")}
+    o = o._replace(**numbers, capacity=_number("capacity", o.capacity, operator.index))
     if o.depth not in get_args(Depth):
         raise ValueError(f"depth is {o.depth!r}; expected one of {get_args(Depth)}")
-    if o.near < 0:
-        raise ValueError(f"near is {o.near}; expected a camera z of at least 0")
+    if not 0 <= o.near < o.far:
+        raise ValueError(f"near is {o.near} and far {o.far}; expected camera z with 0 <= near < far")
+    if not o.eps2d >= 0:
+        raise ValueError(f"eps2d is {o.eps2d}; expected a variance of at least 0")
     if not 0 < o.max_alpha < 1:
         raise ValueError(f"max_alpha is {o.max_alpha}; expected a number between 0 and 1")
-    if not isinstance(o.capacity, int) or o.capacity < 1:
-        raise ValueError(f"capacity is {o.capacity!r}; expected a positive integer (`rasterize` takes 'auto' too)")
+    if not 1 <= o.capacity <= MOST_PAIRS:
+        raise ValueError(f"capacity is {o.capacity}; expected 1 to {MOST_PAIRS} pairs")
     return o
+
+
+def _number(name: str, value: Any, convert: Callable[[Any], Any] = float) -> Any:
+    """A number that is part of the compiled program."""
+    try:
+        return convert(value)
+    except (TypeError, ValueError) as error:  # those of JAX for traced values are both
+        expected = "an integer" if convert is operator.index else "a number"
+        raise ValueError(f"{name} is {value!r}; expected {expected} that is known while tracing") from error

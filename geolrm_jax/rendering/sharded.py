@@ -38,8 +38,14 @@ class Layout(NamedTuple):
 
 
 def typed_layout(gaussians: Gaussians, cameras: Cameras) -> Layout:
-    """The layout that the arrays' types tell: axes of type Explicit; others are not known while tracing."""
+    """The layout that the arrays' types tell: axes of type Explicit; others are not known while tracing.
+
+    Raises:
+      ValueError: if the Gaussians of a scene are split.
+    """
     sharding = jax.typeof(cameras.intrinsics).sharding
+    if (split := jax.typeof(gaussians.means).sharding.spec[-2]) is not None:
+        raise ValueError(f"the Gaussians of a scene are split over mesh axis {split!r}; only scenes and views may be")
     scenes, views = (_names(sharding.spec[i]) for i in (0, -3))
     return Layout(sharding.mesh, scenes if gaussians.means.ndim > 2 else (), views)
 
@@ -85,8 +91,6 @@ def draw_sharded(
         pictures = draw(*inputs, share)
         return pictures._replace(overflow=lax.psum(jnp.minimum(pictures.overflow, most), layout.axes))
 
-    if background is not None:
-        background = jnp.broadcast_to(background, (*cameras.intrinsics.shape[:-2], background.shape[-1]))
     views = _view_spec(layout, gaussians)
     out_specs = Pictures(views, views, views, views if options.normals else None, P())
     return _on_shards(draw_share, layout, gaussians, cameras, background, out_specs)

@@ -74,8 +74,9 @@ def blend(
         device, for tests: very slowly.
 
     Returns:
-      Weighted sums of the features (M, H, W, C) and the transmittance that remains (M, H, W). Differentiable in all
-      fields of `splats`, summed in a fixed order: the same input gives the same bits.
+      Weighted sums of the features (M, H, W, C) and the transmittance that remains (M, H, W). Differentiable once, in
+      all fields of `splats`. Gradients are summed in a fixed order, so that the same input gives the same bits; but
+      for "xla" on a GPU, where XLA adds them atomically unless XLA_FLAGS has --xla_gpu_deterministic_ops=true.
 
     Raises:
       ValueError: for an unknown implementation, and for "pallas_gpu" without a GPU that can run it.

@@ -261,7 +261,7 @@ def _draw(arithmetic: Arithmetic, s: Splat, x: Array, y: Array) -> Drawn:
     multiply_add = arithmetic.multiply_add
     a, b, c = -0.5 * LOG2E * s.a, -LOG2E * s.b, -0.5 * LOG2E * s.c
     dx, dy = x - s.x, y - s.y
-    of_dx = a * dx * dx + LOG2E * s.log_opacity
+    of_dx = multiply_add(a * dx, dx, LOG2E * s.log_opacity)
     alpha = arithmetic.exp2(multiply_add(dy, multiply_add(c, dy, b * dx), of_dx))
     return Drawn(dx, dy, jnp.where(alpha >= CUT, alpha, 0))
 

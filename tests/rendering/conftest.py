@@ -81,7 +81,7 @@ def dense():
     return render_densely
 
 
-def render_densely(inputs, view, size, *, max_alpha=0.999, eps2d=0.3, antialias=False):
+def render_densely(inputs, view, size, *, near=0.01, far=1e10, max_alpha=0.999, eps2d=0.3, antialias=False):
     g = {key: np.asarray(value, np.float64) for key, value in inputs.items()}
     world_from_camera, k = g["world_from_camera"][view], g["intrinsics"][view]
     pose = np.linalg.inv(world_from_camera)
@@ -89,7 +89,7 @@ def render_densely(inputs, view, size, *, max_alpha=0.999, eps2d=0.3, antialias=
     sums, transmittance = np.zeros((*size, g["colors"].shape[-1] + 4)), np.ones(size)
     finished = np.zeros(size, bool)
     for i in np.argsort(camera[:, 2], kind="stable"):
-        if camera[i, 2] <= 0.01:
+        if not near < camera[i, 2] < far:
             continue
         rotation = Rotation.from_quat(g["quats"][i], scalar_first=True).as_matrix()
         covariance = project_covariance(camera[i], k, pose[:3, :3] @ rotation * g["scales"][i], size)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geolrm_jax.rendering import count_pairs
+from geolrm_jax.rendering import count_pairs, rasterize
 
 ALL_ON = {"normals": True, "antialias": True}
 
@@ -33,6 +33,7 @@ def assert_equal_pictures(rendering, view, expected, tolerance=2e-5):
         ((17, 33), 3, 0.4, 1, {"normals": True}),
         ((24, 36), 2, 0.03, 32, ALL_ON),  # Gaussians of about a pixel: what antialiasing is for
         ((5, 7), 1, 0.1, 3, {"antialias": True}),
+        ((30, 30), 1, 0.1, 3, {"near": 1.5, "far": 1.9, "eps2d": 2.0, "max_alpha": 0.6}),
     ],
 )
 def test_equals_dense_renderer(rng, make_inputs, draw, dense, size, views, scale, channels, options):
@@ -42,7 +43,7 @@ def test_equals_dense_renderer(rng, make_inputs, draw, dense, size, views, scale
     assert rendering.overflow == 0
     assert (rendering.normal is None) == ("normals" not in options)
     for view in range(views):
-        expected = dense(inputs, view, size, antialias=options.get("antialias", False))
+        expected = dense(inputs, view, size, **{k: v for k, v in options.items() if k != "normals"})
         assert_equal_pictures(rendering, view, expected)
 
 
@@ -98,6 +99,37 @@ def test_normals_are_shortest_axes_towards_the_camera(on_axis, draw):
         inputs |= {"quats": np.float32([quat]), "scales": np.float32([scales])}
         rendering = draw(inputs, (24, 24), normals=True)
         np.testing.assert_allclose(rendering.normal, rendering.alpha[..., None] * np.array(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("world_from_camera", np.zeros((4, 4))),
+        ("world_from_camera", np.diag([1.0, 1.0, 0.0, 1.0])),
+        ("world_from_camera", np.full((4, 4), np.nan)),
+        ("intrinsics", np.zeros((3, 3))),
+        ("intrinsics", np.full((3, 3), np.inf)),
+    ],
+)
+def test_a_broken_camera_is_a_blank_view_that_is_counted(rng, make_inputs, draw, name, broken):
+    size = (20, 24)
+    inputs = make_inputs(rng, 40, 2, *size)
+    with_broken = inputs | {name: np.stack([inputs[name][0], broken]).astype(np.float32)}
+
+    def loss(inputs):
+        drawn = draw(inputs, size, capacity=1000)
+        return jnp.sum(drawn.rgb**2) + jnp.sum(drawn.depth), drawn
+
+    gradient, drawn = jax.grad(loss, has_aux=True)(with_broken)
+    alone = {k: v[:1] if k in ("world_from_camera", "intrinsics") else v for k, v in inputs.items()}
+    wanted = draw(alone, size)
+    assert drawn.invalid == 1
+    assert drawn.overflow == 0
+    np.testing.assert_allclose(drawn.rgb[0], wanted.rgb[0], atol=2e-6)
+    np.testing.assert_array_equal(drawn.rgb[1], np.broadcast_to(inputs["background"], (*size, 3)))
+    assert np.any(np.asarray(gradient["means"]))
+    assert all(np.all(np.isfinite(g)) for g in gradient.values())
+    assert all(not np.any(np.asarray(gradient[k])[1]) for k in ("world_from_camera", "intrinsics"))
 
 
 def test_expected_depth_is_accumulated_over_alpha(rng, make_inputs, draw):
@@ -171,6 +203,15 @@ def test_one_pair_too_few_is_the_last_tile_of_the_farthest(on_axis, draw):
     np.testing.assert_array_equal(partial.rgb, expected)
 
 
+def test_float64_depths_are_ordered_by_all_their_bits(on_axis, draw):
+    """The second Gaussian is nearer by less than float32 can tell."""
+    with jax.enable_x64(True):
+        inputs = {k: np.asarray(v, np.float64) for k, v in on_axis([2.0, 2.0], [0.9, 0.9]).items()}
+        inputs["means"][1, 2] -= 1e-12
+        centre = np.asarray(draw(inputs, (24, 24)).rgb)[0, 12, 12]
+    assert centre[1] > 5 * centre[0] > 0
+
+
 def test_equal_depths_keep_the_order_of_the_input(on_axis, draw):
     centre = np.asarray(draw(on_axis([2.0, 2.0], [0.9, 0.9]), (24, 24)).rgb)[0, 12, 12]
     assert centre[0] > 5 * centre[1] > 0
@@ -205,8 +246,12 @@ def test_automatic_capacity_needs_data(rng, make_inputs, draw, transform):
         ({"capacity": 0}, "capacity is 0"),
         ({"implementation": "cuda"}, "implementation is 'cuda'.*xla"),
         ({"near": -1.0}, "near is -1"),
+        ({"near": 2.0, "far": 1.0}, "near is 2.0 and far 1.0"),
+        ({"eps2d": float("nan")}, "eps2d is nan"),
+        ({"capacity": 2**40}, "capacity is 1099511627776"),
         ({"max_alpha": 1.0}, "max_alpha is 1"),
         ({"background": np.zeros(4, np.float32)}, r"background is \(4,\)"),
+        ({"background": np.zeros((7, 1, 3), np.float32)}, r"background is \(7, 1, 3\); .* \(1, 3\)"),
         ({"colors": np.zeros((3, 4, 3), np.float32)}, r"colors are \(3, 4, 3\)"),
         ({"intrinsics": np.eye(3, dtype=np.float32), "world_from_camera": np.eye(4, dtype=np.float32)}, "cameras must"),
     ],
@@ -216,6 +261,29 @@ def test_wrong_arguments_are_named(rng, make_inputs, draw, change, message):
     options = {key: value for key, value in change.items() if key not in inputs}
     with pytest.raises(ValueError, match=message):
         draw(inputs | {key: value for key, value in change.items() if key in inputs}, (16, 16), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("scales", (4,)),
+        ("scales", (4, 1)),
+        ("means", (4, 2)),
+        ("quats", (4, 3)),
+        ("opacities", (1,)),
+        ("mask", ()),
+        ("intrinsics", (1, 4, 4)),
+        ("world_from_camera", (2, 4, 4)),
+    ],
+)
+def test_wrong_shapes_are_named(rng, make_inputs, objects_of, name, shape):
+    """Rebuilt from leaves: constructors are checked in tests, and not in use."""
+    scene = objects_of(make_inputs(rng, 4, 1, 16, 16), (16, 16))
+    paths, structure = jax.tree.flatten_with_path(scene)
+    leaves = [np.ones(shape, leaf.dtype) if path[-1].name == name else leaf for path, leaf in paths]
+    assert any(path[-1].name == name for path, _ in paths)
+    with pytest.raises(ValueError, match=f"({name} is|means are) "):
+        rasterize(*jax.tree.unflatten(structure, leaves), capacity=10)
 
 
 @settings(max_examples=25, deadline=None)
@@ -246,7 +314,8 @@ def test_any_gaussians_equal_dense_renderer(
     alone = inputs | {key: inputs[key][valid] for key in ("means", "scales", "quats", "opacities", "colors")}
 
     rendering = draw(inputs, size, capacity=capacity, normals=True)
-    assert rendering.overflow == max(0, count_pairs(*objects_of(inputs, size)) - capacity)
+    expected = max(0, count_pairs(*objects_of(inputs, size)) - capacity)
+    assert abs(rendering.overflow - expected) <= 1  # two programs may round a tile's edge differently
     assert rendering.invalid == np.sum(inputs["mask"]) - np.sum(valid)
     assert np.all(np.isfinite(rendering.rgb))
     if rendering.overflow == 0:
