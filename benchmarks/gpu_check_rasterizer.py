@@ -17,7 +17,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from rasterizer import CASES, FLIPS, compare, environment, make_inputs, ours, race, scene_of
+from measuring import environment
+from rasterizer import CASES, FLIPS, compare, make_inputs, ours, race, scene_of
 
 from geolrm_jax.rendering import count_pairs
 

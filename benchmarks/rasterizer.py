@@ -16,25 +16,25 @@ for the intrinsics, splax none for intrinsics and background, and its depth is d
 """
 
 import argparse
-import importlib.util
 import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
-
-# A program that waits must leave the machine to the other: PyTorch's threads sleep between tasks, instead of holding
-# the cores in a loop, and JAX does not take the GPU's whole memory at once.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measuring import (
+    compiled_memory,
+    environment,
+    exponent,
+    free_memory,
+    plot_growth,
+    seconds_of,
+    take_cores,
+    take_turns,
+    why_absent,
+)
 
 from geolrm_jax.geometry.cameras import orbit
 from geolrm_jax.rendering import count_pairs, rasterize
@@ -145,11 +145,11 @@ def _compiled(picture: Callable[[dict], tuple], inputs: dict[str, np.ndarray]) -
     forward = jax.jit(picture).lower(inputs).compile()
     both = jax.jit(jax.value_and_grad(lambda inputs: loss_of(*picture(inputs)))).lower(inputs).compile()
 
-    def memory():
-        m = both.memory_analysis()
-        return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
-
-    return Program(lambda: jax.block_until_ready(forward(inputs)), lambda: jax.block_until_ready(both(inputs)), memory)
+    return Program(
+        lambda: jax.block_until_ready(forward(inputs)),
+        lambda: jax.block_until_ready(both(inputs)),
+        lambda: compiled_memory(both),
+    )
 
 
 def gsplat(inputs: dict[str, np.ndarray], size: int, threads: int | None) -> Program:
@@ -159,22 +159,12 @@ def gsplat(inputs: dict[str, np.ndarray], size: int, threads: int | None) -> Pro
     return Program(*gsplat_peer.program(inputs, size, loss_of, threads))
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    """Of one call."""
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
 def race(programs: dict[str, Program], repeats: int) -> dict:
-    """Seconds by step and program; programs take turns, after a call of each that is not counted."""
-    result = {}
-    for step, field in (("forward", "forward"), ("forward_backward", "both")):
-        calls = {name: getattr(program, field) for name, program in programs.items()}
-        turns = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(repeats + 1)][1:]
-        times = {name: [turn[name] for turn in turns] for name in calls}
-        result[step] = {name: {"median": statistics.median(t), "least": min(t)} for name, t in times.items()}
-    return result
+    """Seconds by step and program."""
+    return {
+        step: take_turns({name: getattr(program, field) for name, program in programs.items()}, repeats)
+        for step, field in (("forward", "forward"), ("forward_backward", "both"))
+    }
 
 
 def compare(program: Program, peer: Program) -> dict:
@@ -276,73 +266,29 @@ def growth_point(case: Workload, pairs: int, repeats: int) -> dict:
         return row | {"reason": f"needs {row['memory'] / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"}
     for step, call in (("forward", program.forward), ("forward_backward", program.both)):
         first = seconds_of(call)
-        times = [seconds_of(call) for _ in range(max(1, min(repeats, int(20 / first))))]
-        row[step] = statistics.median(times)
+        row[step] = take_turns({"ours": call}, max(1, min(repeats, int(20 / first))))["ours"]["median"]
     return row
 
 
 def exponents(rows: list[dict], step: str) -> dict[str, float]:
-    """Slopes of log time over log pairs: of all points, and of those with more than a million pairs."""
-
-    def slope(rows):
-        return float(np.polyfit(*(np.log([r[key] for r in rows]) for key in ("pairs", step)), 1)[0])
-
-    large = [r for r in rows if r["pairs"] > 1e6]
-    return {"all": slope(rows)} | ({"above_1e6_pairs": slope(large)} if len(large) > 1 else {})
+    """Of time over pairs: of all points, and of those with more than a million pairs."""
+    points = [(row["pairs"], row[step]) for row in rows]
+    large = [point for point in points if point[0] > 1e6]
+    result = {"all": exponent(*zip(*points, strict=True))}
+    return result | ({"above_1e6_pairs": exponent(*zip(*large, strict=True))} if len(large) > 1 else {})
 
 
 def plot(result: dict, path: Path) -> None:
-    """Time over pairs, both logarithmic, with a line of slope one."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
-    for axis, step in zip(axes, ("forward", "forward_backward"), strict=True):
+    """Time over pairs."""
+    panels = {}
+    for step in ("forward", "forward_backward"):
         rows = [r for r in result["growth"] if r[step]]
-        for size in sorted({r["size"] for r in rows}):
-            line = [(r["pairs"], r[step]) for r in rows if r["size"] == size]
-            axis.loglog(*zip(*line, strict=True), "o-", label=f"{size}² pixels")
-        last = rows[-1]
-        line = np.array([rows[0]["pairs"], last["pairs"]])
-        axis.loglog(line, last[step] / last["pairs"] * line, "k:", label="linear")
-        fit = result["exponents"][step]
-        axis.set(xlabel="(Gaussian, tile) pairs", title=f"{step.replace('_', ' + ')}: exponent {fit['all']:.2f}")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds")
-    axes[0].legend()
-    figure.suptitle(f"One view, 32k to 2M Gaussians, {result['hardware']['cores']} CPU cores", fontsize=10)
-    figure.savefig(path, dpi=110)
-
-
-def why_absent(*packages: str) -> str | None:
-    """Why a peer cannot take part, or None."""
-    absent = [name for name in packages if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(absent)}" if absent else None
-
-
-def free_memory() -> int:
-    """Bytes that can be had, on Linux; elsewhere what is installed is not known and never short."""
-    line = next((line for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")), f"x: {2**40}")
-    return int(line.split()[1]) * 1024
-
-
-def environment(threads: int) -> dict:
-    """What the numbers were measured on."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if "model name" in line), "")
-    packages = [name for name in ("jax", "jaxlib", "numpy", "torch", "gsplat", "splax") if not why_absent(name)]
-    return {
-        "hardware": {"devices": [d.device_kind for d in jax.devices()], "cpu": cpu, "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "threads": threads,
-        "load": os.getloadavg()[0],
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+        panels[step.replace("_", " + ")] = {
+            f"{size}² pixels": [(r["pairs"], r[step]) for r in rows if r["size"] == size]
+            for size in sorted({r["size"] for r in rows})
+        }
+    title = f"One view, 32k to 2M Gaussians, {result['hardware']['cores']} CPU cores"
+    plot_growth(panels, "(Gaussian, tile) pairs", title, path)
 
 
 def main() -> None:
@@ -363,11 +309,9 @@ def main() -> None:
         parser.error("--plot draws what --growth measures: give both")
     if arguments.plot and (absent := why_absent("matplotlib")):
         parser.error(f"--plot: {absent}")
-    if not arguments.gpu and hasattr(
-        os, "sched_setaffinity"
-    ):  # XLA makes as many threads as it has cores, when it first starts
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
-    result = environment(arguments.threads)
+    if not arguments.gpu:
+        take_cores(arguments.threads)
+    result = environment(arguments.threads, "torch", "gsplat", "splax")
     if arguments.growth:
         result |= growth(arguments.repeats)
     else:
