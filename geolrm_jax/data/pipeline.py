@@ -7,20 +7,19 @@ together sees the same sequence, and a restored iterator goes on exactly where i
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import grain
 import jax
 import numpy as np
-import tensorflow_datasets as tfds
 from absl import flags
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from geolrm_jax.data.builders.records import DataConfig, build, from_features, read_config
+from geolrm_jax.data.builders.records import DataConfig, build
 from geolrm_jax.data.folder import FolderSource
 from geolrm_jax.data.procedural import ProceduralSource
+from geolrm_jax.data.reader import RecordSource, open_split
 from geolrm_jax.data.record import Encoding, PosedImages, Record, find_rows
 from geolrm_jax.geometry.cameras import resize
 from geolrm_jax.scene import Batch, Cameras, Views
@@ -46,43 +45,6 @@ __all__ = [
 ViewRule = Literal["paper", "released"]
 RING_VIEWS = 4  # of the released rule
 _RING = 24
-
-
-class RecordSource:
-    """Random access to the records of one split; picklable."""
-
-    def __init__(self, directory: Path | str, split: str):
-        read_config(directory)
-        [features_file] = Path(directory).glob("*/*/features.json")
-        self.directory, self.split = Path(directory), split
-        builder = tfds.builder_from_directory(features_file.parent)
-        if split not in builder.info.splits:
-            raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(builder.info.splits)}")
-        self._records = builder.as_data_source(split)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self!r} has {len(self)} records, no record {index}")
-        return from_features(self._records[int(index)])
-
-    def __repr__(self) -> str:
-        return f"RecordSource({self.directory}, {self.split})"
-
-    def __reduce__(self):
-        return RecordSource, (self.directory, self.split)
-
-
-def open_split(directory: Path | str, split: str) -> RecordSource:
-    """The records of a split ("train" or "test") of a built set.
-
-    Raises:
-      FileNotFoundError: if the directory holds no finished set.
-      ValueError: if the set has no such split or another format version.
-    """
-    return RecordSource(directory, split)
 
 
 def choose_views(view_ids: np.ndarray, views: int, rule: ViewRule, rng: np.random.Generator, origin: str) -> list[int]:

@@ -54,6 +54,17 @@ class PosedImages(NamedTuple):
     cameras: Cameras
 
 
+class DamagedRecord(ValueError):
+    """A stored record that cannot be read: `id` names it, `reason` says what was found."""
+
+    def __init__(self, id: str, reason: str):
+        super().__init__(f"{id}: {reason}")
+        self.id, self.reason = id, reason
+
+    def __reduce__(self):
+        return DamagedRecord, (self.id, self.reason)
+
+
 def check_views(views: PosedImages, origin: str) -> PosedImages:
     """The views themselves, once they are known to be sound.
 
@@ -213,5 +224,8 @@ class Record:
     def views(self, ids: Sequence[int] | None = None) -> PosedImages:
         """Decoded views with the given numbers, all of them by default; ValueError where one is missing."""
         rows = range(len(self.view_ids)) if ids is None else find_rows(self.view_ids, ids, self.id)
-        rgba, depth = np.stack([self.rgba(r) for r in rows]), np.stack([self.depth(r) for r in rows])
+        try:
+            rgba, depth = np.stack([self.rgba(r) for r in rows]), np.stack([self.depth(r) for r in rows])
+        except (ValueError, OSError, SyntaxError) as error:
+            raise DamagedRecord(self.id, str(error)) from error
         return PosedImages(self.view_ids[list(rows)], rgba, depth, self.cameras(rows))
