@@ -214,7 +214,15 @@ def weights(arguments: Arguments, program: str) -> None:
         logging.summary(f"{known.to}: written", rows, [("train with it", f"geolrm train --config NAME {override}")])
 
 
-COMMANDS = {"train": train, "eval": evaluate, "infer": infer, "info": info, "weights": weights}
+@clear_errors
+def data(arguments: Arguments, program: str) -> None:
+    """render meshes, build a set of objects, check one"""
+    from geolrm_jax import data_cli
+
+    data_cli.run(arguments, program)
+
+
+COMMANDS = {"train": train, "eval": evaluate, "infer": infer, "info": info, "weights": weights, "data": data}
 
 if __name__ == "__main__":
     sys.exit(main())
