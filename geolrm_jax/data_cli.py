@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from geolrm_jax.data_render_cli import render
 from geolrm_jax.runtime import logging
 
 Arguments = Sequence[str]
@@ -52,4 +53,4 @@ def build(arguments: Arguments, program: str) -> None:
         build_set(DataConfig(source), known.out, advance=advance)
 
 
-JOBS = {"build": build}
+JOBS = {"build": build, "render": render}

@@ -1,0 +1,177 @@
+"""Renders a folder of meshes into the GObjaverse layout on every core, and goes on where it stopped (extra `mesh`).
+
+`OUT/<id>/NNNNN/…` is an object, `<id>` the mesh's path without its suffix. Beside the objects: `render_config.json`,
+how they were rendered; `rejected.json`, a JSON object of the meshes left out and why; `contact_sheet.png`.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from geolrm_jax.data.folder import read_image
+from geolrm_jax.data.mesh_files import SUFFIXES
+from geolrm_jax.data.mesh_objects import UNFINISHED, RenderConfig
+from geolrm_jax.data.mesh_rendering import Variant, choose_variant
+from geolrm_jax.data.mesh_workers import Task, render_all
+from geolrm_jax.export.files import written_whole
+from geolrm_jax.export.pages import contact_sheet
+
+FORMAT_VERSION = 1
+CONFIG_FILE, REJECTED_FILE, SHEET_FILE = "render_config.json", "rejected.json", "contact_sheet.png"
+_SHEET_OBJECTS, _SHEET_VIEWS, _SHEET_SIZE = 24, 6, 128
+
+Advance = Callable[[int, int], None]
+
+
+class RenderReport(NamedTuple):
+    """What a run did.
+
+    Attributes:
+      rendered: objects made by this run.
+      finished: objects that were there before.
+      rejected: meshes left out, by their path below the folder, and why.
+      variant: Mitsuba's.
+    """
+
+    rendered: int
+    finished: int
+    rejected: dict[str, str]
+    variant: Variant
+
+
+def render_meshes(
+    meshes: str | Path,
+    out: str | Path,
+    config: RenderConfig | None = None,
+    *,
+    processes: int | None = None,
+    advance: Advance = lambda *_: None,
+) -> RenderReport:
+    """Renders all meshes below a folder; finished objects are skipped, meshes rejected before are tried again.
+
+    Args:
+      meshes: folder with .glb, .gltf, .obj and .ply files at any depth.
+      out: folder of the objects; an object gets its name when it is whole.
+      config: None for the defaults; must be that of the objects that are there.
+      processes: renderers at work, each on one core; None: one for each core.
+      advance: called as (views done, views in all that this run has to do); those of a rejected mesh count as done.
+
+    Raises:
+      ValueError: if there is no mesh, `out` holds objects of another config, or another run writes there.
+      OSError: if Mitsuba does not start.
+    """
+    meshes, out, config = Path(meshes), Path(out), config or RenderConfig()
+    found, rejected = find_meshes(meshes)
+    if not found:
+        raise ValueError(f"no mesh below {meshes}: expected files that end in {', '.join(SUFFIXES)}")
+    variant = choose_variant()
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        _keep_config(out, config)
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        tasks = [task for task in found if not (out / task.id).is_dir()]
+        _write_json(out / REJECTED_FILE, rejected)
+        views, total = collections.Counter(), len(tasks) * len(config.views)
+        advance(0, total)
+        for task, kind, reason in render_all(tasks, out, config, variant, processes or os.cpu_count() or 1):
+            views[task] += kind == "view"
+            if kind == "rejected":
+                views[task] = len(config.views)
+                rejected[str(task.mesh.relative_to(meshes))] = reason
+                _write_json(out / REJECTED_FILE, rejected)
+            advance(views.total(), total)
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        objects = [out / task.id for task in found if (out / task.id).is_dir()]
+        if objects:
+            with written_whole(out / SHEET_FILE) as temporary:
+                Image.fromarray(draw_sheet(objects, config.views)).save(temporary)
+    finished = len(found) - len(tasks)
+    return RenderReport(len(objects) - finished, finished, rejected, variant)
+
+
+def find_meshes(folder: Path) -> tuple[list[Task], dict[str, str]]:
+    """All mesh files at any depth, by name, and those whose object would take another's place, with the reason.
+
+    Of files that differ by their suffix alone, the first in the order of SUFFIXES stays.
+
+    Raises:
+      FileNotFoundError: if there is no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: expected one with meshes")
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    files.sort(key=lambda path: SUFFIXES.index(path.suffix.lower()))
+    found: dict[str, Path] = {}
+    rejected = {}
+    for path in files:
+        id = path.relative_to(folder).with_suffix("").as_posix()
+        if id in found:
+            rejected[str(path.relative_to(folder))] = f"{found[id].relative_to(folder)} has the same name"
+        else:
+            found[id] = path
+    for id in sorted(found):
+        above = next((str(parent) for parent in PurePosixPath(id).parents if str(parent) in found), None)
+        if above:
+            path = found.pop(id)
+            rejected[str(path.relative_to(folder))] = f"its object would lie within that of {above}"
+    return [Task(id, found[id]) for id in sorted(found)], rejected
+
+
+def draw_sheet(objects: Sequence[Path], views: Sequence[int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Rows of up to 6 views over white, of up to 24 objects in the GObjaverse layout, evenly chosen."""
+
+    def picture(folder: Path, view: int) -> np.ndarray:
+        rgba = Image.fromarray(read_image(folder / f"{view:05d}" / f"{view:05d}.png"))
+        white = Image.new("RGBA", rgba.size, "white")
+        white.alpha_composite(rgba)
+        return np.array(white.convert("RGB").resize((_SHEET_SIZE, _SHEET_SIZE), Image.Resampling.BOX))
+
+    return contact_sheet(
+        [[picture(o, v) for v in _spread(views, _SHEET_VIEWS)] for o in _spread(objects, _SHEET_OBJECTS)]
+    )
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most so many of the items, evenly spaced."""
+    return [items[i * len(items) // count] for i in range(count)] if len(items) > count else list(items)
+
+
+def _keep_config(out: Path, config: RenderConfig) -> None:
+    """Writes the config beside the objects, or compares it with the one that is there."""
+    content = json.loads(json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}))
+    file = out / CONFIG_FILE
+    if not file.is_file():
+        _write_json(file, content)
+        return
+    there = json.loads(file.read_text())
+    changed = [key for key in {*there, *content} if there.get(key) != content.get(key)]
+    if changed:
+        differences = "; ".join(f"{key} is {there.get(key)} there, {content.get(key)} here" for key in sorted(changed))
+        raise ValueError(f"{out} holds objects rendered otherwise: {differences}")
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder; the lock ends with the process."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run writes into {out}") from None
+        yield
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
