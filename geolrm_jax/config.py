@@ -65,7 +65,7 @@ class Experiment:
 
     def absolute(self) -> "Experiment":
         """The same with absolute paths, so that the work directory alone says where everything is."""
-        data, reconstruction = self.data, self.reconstruction
+        data = self.data
         files = {
             name: os.path.abspath(path) for name in ("start_from", "dinov2_weights") if (path := getattr(self, name))
         }
@@ -75,11 +75,15 @@ class Experiment:
             data = dataclasses.replace(
                 data, source=dataclasses.replace(data.source, root=os.path.abspath(data.source.root))
             )
+        stages = {
+            name: dataclasses.replace(stage, pipeline=stage.pipeline.absolute()) for name, stage in self.stages.items()
+        }
+        reconstruction = stages.get("reconstruction")
         weights = getattr(reconstruction and reconstruction.objective, "lpips_weights", None)
         if weights:
             objective = dataclasses.replace(reconstruction.objective, lpips_weights=os.path.abspath(weights))
-            reconstruction = dataclasses.replace(reconstruction, objective=objective)
-        return dataclasses.replace(self, data=data, reconstruction=reconstruction, **files)
+            stages["reconstruction"] = dataclasses.replace(reconstruction, objective=objective)
+        return dataclasses.replace(self, data=data, **stages, **files)
 
     @property
     def stages(self) -> dict[str, StageConfig]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from geolrm_jax.geometry import cameras as camera_geometry
+from geolrm_jax.geometry.images import resize_views
 from geolrm_jax.models.geolrm import GeoLRMConfig
 from geolrm_jax.precision import Precision
 from geolrm_jax.runtime.checkpoint import Checkpoints
@@ -69,17 +69,9 @@ def reconstruct(model: Model, views: Views) -> Gaussians:
 
 def reconstruct_and_count(model: Model, views: Views) -> tuple[Gaussians, Int[Array, ""]]:
     """What `reconstruct` gives, and the number of voxels found occupied, of which `max_anchors` are used."""
-    gaussians, logits = reconstruct_batch(model, jax.tree.map(lambda x: x[None], resized(views, model.input_size)))
+    views = resize_views(views, model.input_size, model.input_size)
+    gaussians, logits = reconstruct_batch(model, jax.tree.map(lambda x: jnp.asarray(x)[None], views))
     return jax.tree.map(lambda x: x[0], gaussians), jnp.sum(logits > 0)
 
 
-def resized(views: Views, size: int) -> Views:
-    """Square views of any leading axes: colours and coverage by antialiased bilinear resizing, depth by the nearest."""
-    lead = views.alpha.shape[:-2]
 
-    def scale(x, method):
-        return jax.image.resize(x, (*lead, size, size, *x.shape[len(lead) + 2 :]), method)
-
-    rgb, alpha = scale(views.rgb, "linear"), scale(views.alpha, "linear")
-    cameras = camera_geometry.resize(views.cameras, size, size)
-    return jax.tree.map(jnp.asarray, Views(cameras, rgb, alpha, scale(views.depth, "nearest"), views.valid))

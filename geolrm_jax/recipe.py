@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -125,7 +126,7 @@ def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path) -
     stage, processes = experiment.stages[name], jax.process_count()
     batches = training_dataset(
         open_split(data, "train"),
-        batch=stage.batch // processes,
+        batch=stage.batch,
         views=stage.views,
         inputs=stage.candidates,
         input_size=(experiment.input_size,) * 2,
@@ -133,6 +134,8 @@ def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path) -
         seed=experiment.seed,
         shard=(jax.process_index(), processes),
         view_rule=stage.view_rule,
+        config=stage.pipeline,
+        report=report_damage,
     )
     return Trainer(
         name=name,
@@ -145,6 +148,14 @@ def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path) -
         data=iter(batches),
         start=functools.partial(start, experiment, name, workdir),
     )
+
+
+def report_damage(text: str) -> None:
+    """Tells of a damaged record, on every process: each meets records of its own."""
+    if logging.is_writer():
+        logging.warn(text)
+    else:
+        print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
 
 
 def evaluate(

@@ -1,34 +1,41 @@
-"""From built records to batches: random access, view choice, decoding, batching and prefetching, by Grain.
+"""From built records to batches: order, shares of processes, decoding ahead and resuming, by Grain.
 
-A dataset is a pure function of (seed, position): position p of the endless, per-epoch shuffled order of records, and a
-random number drawn for it. Both are fixed before the order is dealt out to processes, so that any number of processes
-together sees the same sequence, and a restored iterator goes on exactly where it was saved.
+What a run sees is a pure function of (seed, position): position p of the endless order of records, shuffled anew for
+every epoch, and random numbers drawn for p. Step k holds positions kB to (k + 1)B - 1 of it, B objects over all
+processes; of those, process i of n reads the i-th of n equal parts, so that row r of the global batch is the same for
+any n. An iterator's state is its position alone, the same on every process, whatever the number of processes, worker
+processes and threads that it was saved or is restored with.
 """
 
+import bisect
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Float32, UInt8
-from PIL import Image
 
-from geolrm_jax.data.builders.records import DataConfig, build
+from geolrm_jax.data.augmentation import Augmentation
+from geolrm_jax.data.builders.records import DataConfig, build, read_config
+from geolrm_jax.data.examples import RING_VIEWS, ViewRule, choose_views, make_example, make_views
 from geolrm_jax.data.folder import FolderSource
 from geolrm_jax.data.procedural import ProceduralSource
 from geolrm_jax.data.reader import RecordSource, open_split
-from geolrm_jax.data.record import Encoding, PosedImages, Record, find_rows
-from geolrm_jax.geometry.cameras import resize
-from geolrm_jax.scene import Batch, Cameras, Views
+from geolrm_jax.data.record import DamagedRecord, Encoding, PosedImages, Record
+from geolrm_jax.scene import Batch
 
 __all__ = [
     "RING_VIEWS",
+    "Augmentation",
     "DataConfig",
     "Encoding",
     "FolderSource",
+    "PipelineConfig",
     "PosedImages",
     "ProceduralSource",
     "Record",
@@ -39,127 +46,56 @@ __all__ = [
     "make_example",
     "make_views",
     "open_split",
+    "record_order",
     "training_dataset",
 ]
 
-ViewRule = Literal["paper", "released"]
-RING_VIEWS = 4  # of the released rule
-_RING = 24
-
-
-def choose_views(view_ids: np.ndarray, views: int, rule: ViewRule, rng: np.random.Generator, origin: str) -> list[int]:
-    """Numbers of the views of one training example; the first ones are its inputs.
-
-    "paper": `views` of the record's views, drawn without replacement. "released": first four views 90 degrees apart on
-    the ring 0..23 from a random start, then random others.
-
-    Raises:
-      ValueError: naming `origin`, if the record has too few views.
-    """
-    present = view_ids.tolist()
-    if len(present) < views:
-        raise ValueError(f"{origin} has {len(present)} views, {views} are to be drawn")
-    shuffled = [present[i] for i in rng.permutation(len(present))]
-    if rule == "paper":
-        return shuffled[:views]
-    start = int(rng.integers(_RING))
-    ring = [(start + step * _RING // RING_VIEWS) % _RING for step in range(RING_VIEWS)]
-    find_rows(view_ids, ring, origin)
-    return [*ring, *(view for view in shuffled if view not in ring)][:views]
-
-
-def _resize_channels(image: Float32[np.ndarray, "h w c"], height: int, width: int) -> Float32[np.ndarray, "h2 w2 c"]:
-    """Antialiased bilinear resizing (a triangle filter as wide as the larger pixel), in floating point."""
-    channels = [Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(image.shape[-1])]
-    resized = [channel.resize((width, height), Image.Resampling.BILINEAR) for channel in channels]
-    return np.stack([np.asarray(channel) for channel in resized], axis=-1)
-
-
-def _resize_picture(rgba: UInt8[np.ndarray, "h w 4"], height: int, width: int) -> Float32[np.ndarray, "h2 w2 4"]:
-    """Premultiplied colour and alpha at another size; what stands under zero alpha never bleeds in."""
-    picture = rgba.astype(np.float32) / 255.0
-    picture[..., :3] *= picture[..., 3:]
-    return picture if picture.shape[:2] == (height, width) else _resize_channels(picture, height, width)
-
-
-def _resize_depth(depth: Float32[np.ndarray, "h w"], height: int, width: int) -> Float32[np.ndarray, "h2 w2"]:
-    """The depth of the nearest pixel."""
-    rows = ((np.arange(height) + 0.5) * depth.shape[0] / height).astype(int)
-    columns = ((np.arange(width) + 0.5) * depth.shape[1] / width).astype(int)
-    return depth[rows[:, None], columns]
-
-
-def make_views(views: PosedImages, size: tuple[int, int]) -> Views:
-    """Decoded views as the model's `Views` (V,), NumPy leaves, resized to `size` (H, W), cameras with them."""
-    pictures = np.stack([_resize_picture(rgba, *size) for rgba in views.rgba])
-    depth = np.stack([_resize_depth(depth, *size) for depth in views.depth])
-    cameras = resize(views.cameras, *size)
-    return Views(cameras, pictures[..., :3], pictures[..., 3], depth, np.ones(len(views.view_ids), bool))
-
-
-def make_example(
-    record: Record,
-    input_ids: Sequence[int],
-    target_ids: Sequence[int],
-    input_size: tuple[int, int],
-    render_size: tuple[int, int],
-    index: int = 0,
-) -> Batch:
-    """One object's inputs and targets: a `Batch` without its leading axis, NumPy leaves.
-
-    Args:
-      record: the object; only the views named here are decoded.
-      input_ids: view numbers the network may see.
-      target_ids: view numbers that supervise; may repeat the inputs'.
-      input_size, render_size: (H, W) of inputs and targets.
-      index: the record's number in its split.
-
-    Raises:
-      ValueError: if the record lacks a view.
-    """
-    wanted = sorted({int(view) for view in (*input_ids, *target_ids)})
-    decoded = record.views(wanted)
-
-    def pick(ids: Sequence[int], size: tuple[int, int]) -> Views:
-        rows = [wanted.index(int(view)) for view in ids]
-        cameras = decoded.cameras
-        chosen = Cameras(cameras.world_from_camera[rows], cameras.intrinsics[rows], cameras.height, cameras.width)
-        return make_views(PosedImages(decoded.view_ids[rows], decoded.rgba[rows], decoded.depth[rows], chosen), size)
-
-    inputs, targets = pick(input_ids, input_size), pick(target_ids, render_size)
-    batch = Batch(_stack([inputs]), _stack([targets]), record.occupancy[None], np.array([index], np.int32))
-    return jax.tree.map(lambda x: x[0], batch)
-
-
-def _stack(trees: Sequence[Any]) -> Any:
-    """Pytrees of NumPy arrays with a new leading axis."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-
-class _Draw(grain.transforms.RandomMap):
-    """A record's number becomes (number, random number for the choice of its views)."""
-
-    def random_map(self, element: int, rng: np.random.Generator) -> tuple[int, int]:
-        return element, int(rng.integers(2**63))
+_ATTEMPTS = 100  # records tried for one position before a set counts as unreadable
+_POSITION = "position"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Decode(grain.transforms.Map):
-    """Reads a record, chooses its views and decodes them."""
+class PipelineConfig:
+    """How a stage reads its data."""
 
-    source: RecordSource
-    views: int
-    inputs: int
-    input_size: tuple[int, int]
-    render_size: tuple[int, int]
-    view_rule: ViewRule
+    augmentation: Augmentation = Augmentation()
+    mixed: tuple[tuple[str, float], ...] = ()
+    """Other built sets that are mixed in, each a folder and its weight; the run's own set has the weight 1."""
+    max_damaged: float = 0.01
+    """Share of an epoch's records that may be damaged; one more and the run stops with their list."""
+    threads: int = 2
+    """Batches that are decoded at the same time, in this process or in each worker process."""
+    processes: int = 0
+    """Worker processes; 0 decodes in the training process, which is enough where steps are slow."""
 
-    def map(self, element: tuple[int, int]) -> Batch:
-        index, choice = element
-        record = self.source[index]
-        rng = np.random.default_rng(choice)
-        ids = choose_views(record.view_ids, self.views, self.view_rule, rng, record.id)
-        return make_example(record, ids[: self.inputs], ids, self.input_size, self.render_size, index)
+    def __post_init__(self):
+        if self.threads < 1 or self.processes < 0:
+            raise ValueError(f"expected threads >= 1 and processes >= 0, got {self.threads} and {self.processes}")
+        if not 0.0 <= self.max_damaged <= 1.0:
+            raise ValueError(f"max_damaged is a share, expected 0 to 1, got {self.max_damaged}")
+        if any(weight <= 0.0 for _, weight in self.mixed):
+            raise ValueError(f"mixed: weights must be positive, got {self.mixed}")
+
+    def absolute(self) -> "PipelineConfig":
+        """The same with absolute folders."""
+        return dataclasses.replace(self, mixed=tuple((os.path.abspath(root), weight) for root, weight in self.mixed))
+
+
+def record_order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """The endless order of records of one or several sets: `order[p]` is the number of the record in position p.
+
+    Args:
+      lengths: of the sets; numbers count through them, the first set's first.
+      weights: relative, one per set, rounded to 1 in 100 of the smallest; of any first positions each set has its
+        share, to within as many records as there are sets.
+      seed: of the shuffling. A set is gone through in an order of its own, shuffled anew each time.
+    """
+    ends = list(itertools.accumulate(lengths))
+    orders = [
+        grain.MapDataset.range(end - length, end).seed(seed + i).shuffle().repeat()
+        for i, (end, length) in enumerate(zip(ends, lengths, strict=True))
+    ]
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
 
 
 def training_dataset(
@@ -173,41 +109,242 @@ def training_dataset(
     seed: int,
     shard: tuple[int, int] = (0, 1),
     view_rule: ViewRule = "paper",
-    threads: int = 2,
-    processes: int = 0,
+    config: PipelineConfig = PipelineConfig(),
+    report: Callable[[str], None] = print,
 ) -> grain.IterDataset:
     """Endless batches of one process.
 
     Args:
       source: a split's records.
-      batch: objects in a batch of this process; step k of all processes together holds the next objects in order.
+      batch: objects of a step, over all processes.
       views: views drawn of each object; all are targets.
       inputs: how many of them are inputs too, the first ones.
       input_size, render_size: (H, W) of inputs and targets.
-      seed: of order and view choice.
-      shard: (index, count) of this process; the global order does not depend on the count.
+      seed: of everything random.
+      shard: (index, count) of this process; row r of the global batch does not depend on the count.
       view_rule: see `choose_views`.
-      threads: that decode ahead, in this process or in each worker process.
-      processes: worker processes; 0 decodes in this one, which is enough where steps are slow.
+      config: sets to mix in, augmentation, damaged records, threads and processes.
+      report: called with a line for each damaged record.
 
     Returns:
-      A Grain dataset of `Batch` (B leading, NumPy leaves); its iterator has `get_state` and `set_state`.
+      A Grain dataset of `Batch` (batch / count objects, NumPy leaves, not to be written to); its iterator has
+      `get_state` and `set_state`, and `damaged`, this process's damaged records of the epoch, reasons by id. It raises
+      a ValueError with all of them when they are more than `config.max_damaged` of its share of an epoch.
 
     Raises:
-      ValueError: if there are fewer views than inputs, or no records.
+      ValueError: if there are fewer views than inputs, no records, a batch that the processes cannot share, or sets
+        whose occupancy grids differ.
     """
     if not 0 < inputs <= views:
         raise ValueError(f"expected 0 < inputs <= views, got inputs={inputs}, views={views}")
-    if len(source) == 0:
-        raise ValueError(f"{source!r} is empty")
-    index, count = shard
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    decode = _Decode(source, views, inputs, input_size, render_size, view_rule)
-    # The draw stands before the slice: after it, every process would draw the same numbers for different records.
-    examples = order.random_map(_Draw())[index::count].map(decode).batch(batch, drop_remainder=True, batch_fn=_stack)
-    dataset = examples.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
-    if processes:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which a program without absl never parses.
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes))
-    return dataset
+    if batch % shard[1]:
+        raise ValueError(f"a batch of {batch} objects cannot be shared by {shard[1]} processes")
+    sources = [source, *(open_split(root, "train") for root, _ in config.mixed)]
+    check_sources(sources)
+    reader = _ReadBatch(
+        sources=tuple(sources),
+        order=record_order([len(s) for s in sources], [1.0, *(weight for _, weight in config.mixed)], seed),
+        rows=range(shard[0] * batch // shard[1], (shard[0] + 1) * batch // shard[1]),
+        views=views,
+        inputs=inputs,
+        input_size=input_size,
+        render_size=render_size,
+        seed=seed,
+        view_rule=view_rule,
+        augmentation=config.augmentation,
+    )
+    return _TrainingDataset(reader, batch, shard[1], config, report)
+
+
+def check_sources(sources: Sequence[RecordSource]) -> None:
+    """Raises a ValueError unless every set has records and all have one occupancy grid."""
+    for source in sources:
+        if len(source) == 0:
+            raise ValueError(f"{source!r} is empty")
+    grids = {str(source.directory): read_config(source.directory)["occupancy_grid"] for source in sources}
+    if len(set(grids.values())) > 1:
+        raise ValueError(f"sets that are mixed need one occupancy_grid, got {grids}")
+
+
+class Damage(NamedTuple):
+    """A damaged record, met at a position of the order and replaced there."""
+
+    position: int
+    id: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadBatch(grain.transforms.Map):
+    """Reads this process's rows of the batch that starts at a position; runs in threads and worker processes."""
+
+    sources: tuple[RecordSource, ...]
+    order: grain.MapDataset
+    rows: range
+    views: int
+    inputs: int
+    input_size: tuple[int, int]
+    render_size: tuple[int, int]
+    seed: int
+    view_rule: ViewRule
+    augmentation: Augmentation
+
+    def map(self, element: int) -> tuple[Batch, list[Damage]]:
+        """The batch whose first row stands in position `element`, and the damaged records met on the way."""
+        examples, damaged = [], []
+        for row in self.rows:
+            examples.append(self.read(int(element) + row, damaged))
+        targets = _stack([example.targets for example in examples])
+        if self.input_size == self.render_size:
+            inputs = jax.tree.map(lambda x: x[:, : self.inputs], targets)
+        else:
+            inputs = _stack([example.inputs for example in examples])
+        occupancy, index = (np.stack([getattr(e, name) for e in examples]) for name in ("occupancy", "index"))
+        return Batch(inputs, targets, occupancy, index), damaged
+
+    def read(self, position: int, damaged: list[Damage]) -> Batch:
+        """The example of a position. A damaged record is noted and replaced by a random one of its set.
+
+        What replaces it depends on nothing but (seed, position): were it dropped, all later positions would move, and
+        every process would have to know what all others met.
+        """
+        number = int(self.order[position])
+        for attempt in range(_ATTEMPTS):
+            rng = np.random.default_rng((self.seed, position, attempt))
+            first, source = self.locate(number)
+            if attempt:
+                number = first + int(rng.integers(len(source)))
+            try:
+                return self.decode(source, number - first, number, rng)
+            except DamagedRecord as error:
+                damaged.append(Damage(position, error.id, error.reason))
+        raise ValueError(
+            f"{self.sources}: {_ATTEMPTS} records tried for one example, all damaged: {_listed(_reasons(damaged))}"
+        )
+
+    def locate(self, number: int) -> tuple[int, RecordSource]:
+        """The set that a record belongs to, and the number of its first record."""
+        ends = list(itertools.accumulate(len(source) for source in self.sources))
+        which = bisect.bisect_right(ends, number)
+        return ends[which] - len(self.sources[which]), self.sources[which]
+
+    def decode(self, source: RecordSource, row: int, number: int, rng: np.random.Generator) -> Batch:
+        """One record as an example."""
+        record = source[row]
+        try:
+            ids = choose_views(record.view_ids, self.views, self.view_rule, rng, record.id)
+        except ValueError as error:
+            raise DamagedRecord(record.id, str(error)) from error
+        change = self.augmentation.draw(len(ids), rng)
+        return make_example(record, ids[: self.inputs], ids, self.input_size, self.render_size, number, change)
+
+
+class _TrainingDataset(grain.IterDataset):
+    """What `training_dataset` returns.
+
+    Not Grain's ElasticIterator: that deals positions out one by one, so that the rows of a global batch change places
+    with the number of processes, and with them what a step draws at random for each row.
+    """
+
+    def __init__(
+        self, reader: _ReadBatch, batch: int, shards: int, config: PipelineConfig, report: Callable[[str], None]
+    ):
+        super().__init__()
+        self.reader, self.batch, self.shards, self.config, self.report = reader, batch, shards, config, report
+
+    @property
+    def epoch_length(self) -> int:
+        """Positions of an epoch: as many as there are records."""
+        return sum(len(source) for source in self.reader.sources)
+
+    def starting_at(self, position: int) -> grain.IterDataset:
+        """Batches and their damaged records, from a position on."""
+        threads, workers = self.config.threads, self.config.processes
+        positions = grain.MapDataset.range(position, sys.maxsize, self.batch)
+        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        dataset = positions.map(self.reader).to_iter_dataset(ahead)
+        if workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which a program without absl never parses
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        return dataset
+
+    def __iter__(self) -> "_TrainingIterator":
+        return _TrainingIterator(self)
+
+
+class _TrainingIterator(grain.DatasetIterator):
+    """Gives batches, knows the position, and counts damaged records where they can be counted: in one place."""
+
+    def __init__(self, dataset: _TrainingDataset):
+        super().__init__()
+        self._dataset, self._position, self._batches = dataset, 0, None
+        self._epoch, self.damaged = 0, {}
+
+    def __next__(self) -> Batch:
+        self.start_prefetch()
+        batch, damaged = next(self._batches)
+        for damage in damaged:
+            self._count(damage)
+        self._position += self._dataset.batch
+        return batch
+
+    def _count(self, damage: Damage) -> None:
+        epoch = damage.position // self._dataset.epoch_length
+        if epoch != self._epoch:
+            self._epoch, self.damaged = epoch, {}
+        if damage.id in self.damaged:
+            return
+        self.damaged[damage.id] = damage.reason
+        share = self._dataset.epoch_length // self._dataset.shards
+        limit = self._dataset.config.max_damaged
+        self._dataset.report(
+            f"damaged record {damage.id} replaced by another: {damage.reason} "
+            f"({len(self.damaged)} in epoch {epoch}; the run stops past {limit:.2%} of {share})"
+        )
+        if len(self.damaged) > limit * share:
+            raise ValueError(
+                f"{len(self.damaged)} of this process's {share} records of epoch {epoch} are damaged, more than "
+                f"max_damaged {limit:.2%}: {_listed(self.damaged)}"
+            )
+
+    def get_state(self) -> dict[str, int]:
+        """The position of the next batch: all that is needed to go on."""
+        return {_POSITION: self._position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on from a position that any process, of any number of them, has saved."""
+        if state.keys() != {_POSITION}:
+            raise ValueError(f"the state of another data pipeline: expected {{{_POSITION!r}: int}}, got {state}")
+        self._stop()
+        self._position = state[_POSITION]
+
+    def start_prefetch(self) -> None:
+        """Starts decoding ahead."""
+        self._assert_not_closed()
+        if self._batches is None:
+            self._batches = iter(self._dataset.starting_at(self._position))
+            self._batches.start_prefetch()
+
+    def close(self) -> None:
+        """Stops decoding ahead, and the worker processes."""
+        super().close()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
+
+
+def _reasons(damaged: Sequence[Damage]) -> dict[str, str]:
+    return {damage.id: damage.reason for damage in damaged}
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{id}: {reason}" for id, reason in reasons.items())
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    """Pytrees of NumPy arrays with a new leading axis."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import grain.checkpoint
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -67,7 +66,8 @@ class Checkpoints:
             item_handlers={
                 "model": ocp.StandardCheckpointHandler(),
                 "optimizer": ocp.StandardCheckpointHandler(),
-                "iterator": grain.checkpoint.CheckpointHandler(),
+                # Not Grain's handler, which writes a file per process and finds none when their number has changed.
+                "iterator": ocp.JsonCheckpointHandler(),
             },
             metadata={"format_version": FORMAT_VERSION} if write else None,
         )
@@ -113,6 +113,8 @@ class Checkpoints:
     def save(self, step: int, state: Mapping[str, Any], iterator: Any, metrics: Mapping[str, float]) -> None:
         """Starts saving; `state` may be donated as soon as this returns.
 
+        Of `iterator` the state is saved, a JSON value that must be the same on every process.
+
         Raises:
           ValueError: if `metrics` lacks the one that `best` is judged by.
         """
@@ -122,7 +124,7 @@ class Checkpoints:
         items = {
             "model": ocp.args.StandardSave({name: state[name] for name in MODEL if name in state}),
             "optimizer": ocp.args.StandardSave({name: state[name] for name in OPTIMIZER}),
-            "iterator": grain.checkpoint.CheckpointSave(iterator),
+            "iterator": ocp.args.JsonSave(iterator.get_state()),
         }
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics))
 
@@ -132,9 +134,10 @@ class Checkpoints:
         items = {
             "model": ocp.args.StandardRestore({name: abstract[name] for name in MODEL if name in abstract}),
             "optimizer": ocp.args.StandardRestore({name: abstract[name] for name in OPTIMIZER}),
-            "iterator": grain.checkpoint.CheckpointRestore(iterator),
+            "iterator": ocp.args.JsonRestore(),
         }
         restored = self._restore(step, items)
+        iterator.set_state(restored["iterator"])
         return serialization.from_state_dict(abstract_state, {**restored["model"], **restored["optimizer"]})
 
     def restore_model(self, step: int, abstract_model: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from geolrm_jax.data.pipeline import RING_VIEWS, ViewRule
+from geolrm_jax.data.pipeline import RING_VIEWS, PipelineConfig, ViewRule
 from geolrm_jax.inference import abstract_model
 from geolrm_jax.models.geolrm import GeoLRMConfig
 from geolrm_jax.precision import Precision
@@ -47,6 +47,8 @@ class StageConfig:
     """How views are drawn: at random, or four of them 90 degrees apart and others at random (released)."""
     other_inputs: tuple[int, ...] = (0,)
     """With the released rule `inputs` are numbers of the four, and these numbers of the others; each is drawn."""
+    pipeline: PipelineConfig = PipelineConfig()
+    """How the data are read: sets to mix in, augmentation, damaged records, workers."""
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ema_decay: float = 0.0
