@@ -6,14 +6,16 @@ directly below ROOT. PNG: RGBA, straight alpha. JSON: `x`, `y`, `z`, `origin`, t
 """
 
 import dataclasses
+import io
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import OpenEXR
 from jaxtyping import Float32, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from geolrm_jax.data.record import PosedImages, check_camera, check_views
 from geolrm_jax.scene import Cameras
@@ -21,7 +23,12 @@ from geolrm_jax.scene import Cameras
 CAMPOS = "campos_512_v4"
 # In GObjaverse's 40 views these two repeat others.
 DUPLICATE_VIEWS = (24, 39)
-_SKY = 1e9
+# The paper's loader leaves out objects whose caption has one of these.
+LEFT_OUT_CAPTIONS = ("box", "cube")
+# What a picture may have: a file that claims more is refused before it is decoded.
+MAX_PIXELS, MAX_BYTES = 4096**2, 1 << 28
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_SKY = 6e4  # a half float ends at 65504
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,32 +45,109 @@ class FolderSource:
     """View numbers stored of training objects; None: all but the duplicates 24 and 39."""
     test_views: tuple[int, ...] | None = None
     """The same for evaluation objects."""
+    index: str | None = None
+    """JSON list of objects, or object whose keys they are; None: `root` is searched, slowly where it is large."""
+    captions: str | None = None
+    """JSON object from names to captions: training objects whose caption has "box" or "cube" in it are left out."""
+    min_views: int = 1
+    """Objects with fewer stored views are refused."""
 
     def ids(self, split: str) -> list[str]:
         """Names of the objects of a split; ValueError where one that was asked for is not there."""
-        found = find_objects(self.root)
-        wanted = self.test if split == "test" else self.train
+        left_out = self.left_out() if split == "train" else {}
+        return [name for name in self._listed(split) if name not in left_out]
+
+    def left_out(self) -> dict[str, str]:
+        """Objects that their captions keep from training, with the reason."""
+        if self.captions is None:
+            return {}
+        captions = read_captions(self.captions)
+        words = {
+            name: [word for word in LEFT_OUT_CAPTIONS if word in captions.get(name, "").lower()]
+            for name in self._listed("train")
+        }
+        return {name: f"its caption has {found[0]!r} in it" for name, found in words.items() if found}
+
+    def _listed(self, split: str) -> list[str]:
+        """Names of a split's objects, whatever their captions."""
+        found = read_names(self.index) if self.index else find_objects(self.root)
+        wanted, test = (self.test if split == "test" else self.train), {*self.test}
         if wanted is None:
-            return [name for name in found if name not in self.test]
+            return [name for name in found if name not in test]
         missing = sorted({*wanted} - {*found})
         if missing:
-            raise ValueError(f"{self.root} has no objects {', '.join(missing)}; it has {', '.join(found[:20])}")
+            place = self.index or self.root
+            raise ValueError(f"{place} has no objects {', '.join(missing)}; it has {', '.join(found[:20])}")
         return list(wanted)
 
     def read(self, split: str, id: str) -> PosedImages:
-        """The stored views of one object of `ids(split)`."""
-        return read_views(Path(self.root) / id, self.test_views if split == "test" else self.train_views)
+        """The stored views of one object of `ids(split)`; raises as `read_views` does."""
+        check_name(id)
+        views = read_views(Path(self.root) / id, self.test_views if split == "test" else self.train_views)
+        if len(views.view_ids) < self.min_views:
+            raise ValueError(f"{id} has {len(views.view_ids)} views, at least {self.min_views} are asked for")
+        return views
+
+
+def check_name(name: str) -> None:
+    """Raises a ValueError unless `name` is a path that cannot lead out of the folder it is below."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or not name.isprintable():
+        raise ValueError(f"{name!r} is no name of an object: expected a path below the source's folder")
+
+
+def _read_json(path: str | Path, what: str) -> object:
+    """The content of a JSON file; ValueError where it is none."""
+    _expect_file(Path(path), what)
+    try:
+        return json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no {what}: {error}") from error
+
+
+def read_names(path: str | Path) -> list[str]:
+    """Names of objects from a JSON list, from the keys of a JSON object, or else from a text file's lines.
+
+    An entry of a list that is no text stays, as what it is in JSON behind "no name:", to be refused when it is read.
+    """
+    if Path(path).suffix != ".json":
+        _expect_file(Path(path), "a list of objects")
+        return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    content = _read_json(path, "a list of objects")
+    if not isinstance(content, list | dict):
+        raise ValueError(f"{path}: expected a JSON list of objects, or a JSON object whose keys they are")
+    return [name if isinstance(name, str) else f"no name: {json.dumps(name)}" for name in content]
+
+
+def read_captions(path: str | Path) -> dict[str, str]:
+    """Captions by name; ValueError where the file is no JSON object of texts."""
+    content = _read_json(path, "a file of captions")
+    if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):
+        raise ValueError(f"{path}: expected a JSON object from names of objects to captions")
+    return content
 
 
 def _view_folders(folder: Path) -> dict[int, Path]:
     """Folder of every view number of an object, in order; empty where there are none."""
     inner = folder / CAMPOS if (folder / CAMPOS).is_dir() else folder
-    numbered = sorted(f for f in inner.iterdir() if f.is_dir() and len(f.name) == 5 and f.name.isdigit())
-    return {int(f.name): f for f in numbered}
+    return {int(name): inner / name for name in sorted(_folders(inner)) if _is_number(name)}
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, without a look at each."""
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.is_dir()]
+
+
+def _is_number(name: str) -> bool:
+    return len(name) == 5 and name.isascii() and name.isdigit()
 
 
 def find_objects(root: str | Path) -> list[str]:
     """Paths of all objects below `root`, relative to it, sorted.
+
+    An object is a folder with `campos_512_v4/` in it, or with views NNNNN/NNNNN.json or .png: GObjaverse has objects
+    whose own names are five digits.
 
     Raises:
       FileNotFoundError: if `root` is no folder, or there is no object in it.
@@ -72,10 +156,17 @@ def find_objects(root: str | Path) -> list[str]:
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}: expected objects in the GObjaverse layout")
 
+    def holds_views(folder: Path, inner: list[str]) -> bool:
+        files = (
+            folder / name / f"{name}{suffix}" for name in inner if _is_number(name) for suffix in (".json", ".png")
+        )
+        return CAMPOS in inner or any(file.is_file() for file in files)
+
     def search(folder: Path) -> list[Path]:
-        if folder != root and _view_folders(folder):
+        inner = sorted(_folders(folder))
+        if folder != root and holds_views(folder, inner):
             return [folder]
-        return [found for inner in sorted(folder.iterdir()) if inner.is_dir() for found in search(inner)]
+        return [found for name in inner for found in search(folder / name)]
 
     objects = [str(folder.relative_to(root)) for folder in search(root)]
     if not objects:
@@ -120,26 +211,45 @@ def read_views(folder: str | Path, ids: Sequence[int] | None = None) -> PosedIma
 
 
 def read_image(path: Path) -> UInt8[np.ndarray, "h w 4"]:
-    """A picture with straight alpha; alpha is 255 where the file has none."""
+    """A PNG, JPEG or WebP with straight alpha; alpha is 255 where the file has none.
+
+    Raises:
+      FileNotFoundError: where there is none.
+      ValueError: if it is damaged (a PNG's checksums are compared) or larger than MAX_PIXELS or MAX_BYTES.
+    """
     _expect_file(path, "an image")
+    data = path.read_bytes()
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGBA"))
-    except (OSError, SyntaxError) as error:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} expected")
+            image.verify()
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return np.array(image.convert("RGBA"))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is no readable image: neither {' nor '.join(_FORMATS)}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no readable image: {error}") from error
 
 
 def read_camera(path: Path, height: int, width: int) -> tuple[Float32[np.ndarray, "4 4"], Float32[np.ndarray, "3 3"]]:
-    """OpenCV pose and intrinsics of a GObjaverse camera file, for an image of the given size."""
+    """OpenCV pose and intrinsics of a GObjaverse camera file, for an image of the given size.
+
+    Raises:
+      FileNotFoundError: where there is none.
+      ValueError: if a key is missing or no number, the axes are no rotation, an angle is not between 0 and pi.
+    """
     _expect_file(path, "a camera")
     try:
         camera = json.loads(path.read_text())
         columns = [np.array(camera[key], np.float64).reshape(3) for key in ("x", "y", "z", "origin")]
         fov_x, fov_y = float(camera["x_fov"]), float(camera["y_fov"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{path} is no camera: JSON with x, y, z, origin (3 numbers each), x_fov and y_fov expected ({error!r})"
         ) from error
+    if not (0.0 < fov_x < np.pi and 0.0 < fov_y < np.pi):
+        raise ValueError(f"{path}: x_fov and y_fov must lie between 0 and pi, got {fov_x} and {fov_y}")
     pose = np.eye(4)
     pose[:3] = np.stack(columns, axis=-1)
     focal_x, focal_y = 0.5 * width / np.tan(0.5 * fov_x), 0.5 * height / np.tan(0.5 * fov_y)
@@ -148,16 +258,32 @@ def read_camera(path: Path, height: int, width: int) -> tuple[Float32[np.ndarray
     return pose.astype(np.float32), intrinsics.astype(np.float32)
 
 
+def read_channels(path: Path, names: Sequence[str], height: int, width: int) -> Float32[np.ndarray, "h w c"]:
+    """Channels of an OpenEXR file by name, half or float, of a picture of the given size.
+
+    Raises:
+      FileNotFoundError: where there is none.
+      ValueError: if it is no OpenEXR file, lacks a channel, or is of another size: that is known from the header,
+        before anything is decoded.
+    """
+    _expect_file(path, f"an OpenEXR file with the channels {', '.join(names)}")
+    try:
+        low, high = OpenEXR.File(str(path), header_only=True).header()["dataWindow"]
+        if low.tolist() != [0, 0] or high.tolist() != [width - 1, height - 1]:
+            raise ValueError(f"its window is {low.tolist()} to {high.tolist()}, its image is {width} x {height}")
+        channels = OpenEXR.File(str(path), separate_channels=True, num_threads=0).channels()
+        planes = [channels[name].pixels for name in names]
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no OpenEXR file with channels {', '.join(names)}: {error!r}") from error
+    for plane in planes:
+        if plane.shape != (height, width) or plane.dtype not in (np.float16, np.float32):
+            raise ValueError(f"{path}: channels are {plane.dtype} {plane.shape}, expected floats {(height, width)}")
+    return np.stack(planes, axis=-1).astype(np.float32)
+
+
 def read_depth(path: Path, height: int, width: int) -> Float32[np.ndarray, "h w"]:
     """Channel A of a GObjaverse `_nd.exr`: camera z in cube sides, 0 where there is no surface."""
-    _expect_file(path, "an OpenEXR file with the depth in channel A")
-    try:
-        with OpenEXR.File(str(path), separate_channels=True) as file:
-            depth = np.array(file.channels()["A"].pixels, np.float32)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no OpenEXR file with a channel A: {error!r}") from error
-    if depth.shape != (height, width):
-        raise ValueError(f"{path} is {depth.shape}, its image is {(height, width)}")
+    depth = read_channels(path, ("A",), height, width)[..., 0]
     if np.isnan(depth).any() or depth.min() < 0.0:
         raise ValueError(f"{path}: depth must be a number and not negative (0 = missing)")
     return np.where(depth < _SKY, depth, 0.0).astype(np.float32)
@@ -166,3 +292,5 @@ def read_depth(path: Path, height: int, width: int) -> Float32[np.ndarray, "h w"
 def _expect_file(path: Path, what: str) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: expected {what}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes: expected {what} of at most {MAX_BYTES}")

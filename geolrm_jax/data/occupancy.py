@@ -1,12 +1,13 @@
 """Ground-truth occupancy of an object from the depth of its views (NumPy: it is made once, when a set is built)."""
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 
-from geolrm_jax.geometry.voxels import Rounding, nearest_voxels
+from geolrm_jax.geometry.voxels import Rounding, axis_positions, nearest_voxels
 from geolrm_jax.scene import Cameras
 
 HALF_DIAGONAL = 0.867
+_CHUNK = 1 << 18
 
 
 def drop_edges(depth: Float[np.ndarray, "v h w"], cameras: Cameras) -> Float[np.ndarray, "v h w"]:
@@ -23,13 +24,17 @@ def drop_edges(depth: Float[np.ndarray, "v h w"], cameras: Cameras) -> Float[np.
 
 
 def unproject_pixels(depth: Float[np.ndarray, "v h w"], cameras: Cameras) -> Float[np.ndarray, "n 3"]:
-    """World points of all pixels that have a depth, through their centres."""
-    view, row, column = np.nonzero(depth > 0.0)
-    z = depth[view, row, column]
+    """World points of all pixels that have a depth, through their centres, view after view."""
+    return np.concatenate([_unproject_view(depth[view], cameras, view) for view in range(len(depth))])
+
+
+def _unproject_view(depth: Float[np.ndarray, "h w"], cameras: Cameras, view: int) -> Float[np.ndarray, "n 3"]:
     k, pose = cameras.intrinsics[view], cameras.world_from_camera[view]
-    x, y = (column + 0.5 - k[:, 0, 2]) / k[:, 0, 0], (row + 0.5 - k[:, 1, 2]) / k[:, 1, 1]
-    local = np.stack([x * z, y * z, z], axis=-1)
-    return np.einsum("nij,nj->ni", pose[:, :3, :3], local) + pose[:, :3, 3]
+    row, column = np.nonzero(depth > 0.0)
+    z = depth[row, column]
+    x, y = (column + 0.5 - k[0, 2]) / k[0, 0], (row + 0.5 - k[1, 2]) / k[1, 1]
+    local = np.stack([x * z, y * z, z], axis=-1).astype(depth.dtype)
+    return local @ pose[:3, :3].T.astype(depth.dtype) + pose[:3, 3].astype(depth.dtype)
 
 
 def occupancy_from_depth(
@@ -47,5 +52,48 @@ def occupancy_from_depth(
       (G, G, G) over (x, y, z) in C order; points outside the cube count for its outermost voxels.
     """
     occupancy = np.zeros((grid, grid, grid), bool)
-    occupancy[tuple(nearest_voxels(unproject_pixels(depth, cameras), grid, rounding).T)] = True
+    for view in range(len(depth)):
+        occupancy[tuple(nearest_voxels(_unproject_view(depth[view], cameras, view), grid, rounding).T)] = True
     return occupancy
+
+
+def project_points(
+    points: Float[np.ndarray, "n 3"], cameras: Cameras, view: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, column, camera z) of world points in one view; row and column are -1 for points outside the picture."""
+    pose, k = cameras.world_from_camera[view], cameras.intrinsics[view]
+    local = (points - pose[:3, 3]) @ pose[:3, :3]
+    z = local[:, 2]
+    safe = np.where(z > 1e-6, z, 1.0)
+    column, row = (np.floor(k[i, i] * local[:, i] / safe + k[i, 2]) for i in (0, 1))
+    inside = (z > 1e-6) & (column >= 0) & (column < cameras.width) & (row >= 0) & (row < cameras.height)
+    return np.where(inside, row, -1).astype(int), np.where(inside, column, -1).astype(int), z
+
+
+def occupancy_from_silhouettes(
+    alpha: UInt8[np.ndarray, "v h w"], cameras: Cameras, grid: int
+) -> Bool[np.ndarray, "g g g"]:
+    """The outer voxels of the visual hull: what to train the proposal on where no view has depth.
+
+    A voxel belongs to the hull if every view that has it in its picture sees it inside the silhouette (alpha above one
+    half), and at least one has. Concave parts that no silhouette shows are filled; the result bounds the object.
+
+    Returns:
+      (G, G, G) over (x, y, z): voxels of the hull with a neighbour along an axis that is not, or at the cube's face.
+    """
+    axis = axis_positions(grid).astype(np.float32)
+    points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
+    hull, seen = np.ones(len(points), bool), np.zeros(len(points), bool)
+    for view in range(len(alpha)):
+        kept = np.flatnonzero(hull)
+        for part in np.split(kept, range(_CHUNK, len(kept), _CHUNK)):
+            row, column, _ = project_points(points[part], cameras, view)
+            inside = row >= 0
+            seen[part] |= inside
+            hull[part] &= ~inside | (alpha[view, row, column] > 127)
+    solid = np.pad((hull & seen).reshape((grid,) * 3), 1)
+    inner = np.ones((grid,) * 3, bool)
+    for axis in range(3):
+        for shift in (-1, 1):
+            inner &= np.roll(solid, shift, axis)[1:-1, 1:-1, 1:-1]
+    return solid[1:-1, 1:-1, 1:-1] & ~inner

@@ -1,32 +1,39 @@
-"""Random access to the records of a built set."""
+"""Random access to the records of a built set: an object is read by its place, its views when they are asked for."""
 
+import bisect
+import functools
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from geolrm_jax.data.builders.records import from_features, read_config
-from geolrm_jax.data.record import DamagedRecord, Record
+from geolrm_jax.data.builders.config import read_config
+from geolrm_jax.data.builders.layout import KINDS, VERSION, object_fields, stored_view
+from geolrm_jax.data.record import DamagedRecord, Record, StoredView
 
 __all__ = ["DamagedRecord", "RecordSource", "open_split"]
 
 
 class RecordSource:
-    """Random access to the records of one split; picklable."""
+    """Random access to the records of one split; picklable, and so are its records."""
 
     def __init__(self, directory: Path | str, split: str):
-        read_config(directory)
-        [features_file] = Path(directory).glob("*/*/features.json")
+        self.config = read_config(directory)
         self.directory, self.split = Path(directory), split
-        builder = tfds.builder_from_directory(features_file.parent)
-        if split not in builder.info.splits:
-            raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(builder.info.splits)}")
-        self._records = builder.as_data_source(split)
+        objects, views = (tfds.builder_from_directory(self.directory / kind / VERSION) for kind in KINDS)
+        if split not in objects.info.splits:
+            raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(objects.info.splits)}")
+        self._objects, self._views = objects.as_data_source(split), views.as_data_source(split)
+        # Where each shard's objects end, and where its views begin.
+        self._ends = list(itertools.accumulate(objects.info.splits[split].shard_lengths))
+        self._first_views = [0, *itertools.accumulate(views.info.splits[split].shard_lengths)]
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._objects)
 
     def __getitem__(self, index: int) -> Record:
-        """The record in a position; its views are decoded when asked for.
+        """The record in a place; its views are read and decoded when asked for.
 
         Raises:
           IndexError: if there is no such record.
@@ -35,9 +42,17 @@ class RecordSource:
         if not 0 <= index < len(self):
             raise IndexError(f"{self!r} has {len(self)} records, no record {index}")
         try:
-            return from_features(self._records[int(index)])
-        except (ValueError, OSError, RuntimeError) as error:
+            fields, first_view = object_fields(self._objects[int(index)])
+            first_view += self._first_views[bisect.bisect_right(self._ends, int(index))]
+            return Record(**fields, read_views=functools.partial(self._read_views, first_view))
+        except DamagedRecord:
+            raise
+        except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
             raise DamagedRecord(f"{self.split}[{index}]", str(error)) from error
+
+    def _read_views(self, first_view: int, rows: Sequence[int]) -> list[StoredView]:
+        """The stored views in positions `rows` of an object, in one reading."""
+        return [stored_view(values) for values in self._views.__getitems__([first_view + row for row in rows])]
 
     def __repr__(self) -> str:
         return f"RecordSource({self.directory}, {self.split})"

@@ -1,41 +1,57 @@
 """The one record layout: an object as every source gives it, the builder writes it and the pipeline reads it.
 
-Layout, version 1. V views, all H x W; G voxels a side.
+Layout, version 2. A set holds two kinds of records, in files of their own: one for each object, and one for each view,
+so that drawing 8 of 40 views reads and decodes 8. V views, all H x W; G voxels a side.
+
+An object:
 
 | field              | type, shape        | meaning                                                                    |
 |--------------------|--------------------|----------------------------------------------------------------------------|
 | id                 | str                | unique in its split: "dict/inst", a folder, "procedural/train/7"           |
 | view_ids           | int32 (V,)         | numbers of the views at the source, distinct                               |
-| images             | V x bytes          | uint8 (H, W, 4), sRGB-encoded colour, straight alpha: raw C order or PNG   |
-| depths             | V x bytes          | uint16 (H, W), raw little-endian or PNG; 0 = missing, else see depth_range |
-| depth_range        | float32 (V, 2)     | (near, far), cube sides; q > 0 means near + (q - 1)(far - near)/65534      |
+| first_view         | int64              | place of its first view among the views of its shard; the others follow    |
+| depth_range        | float32 (V, 2)     | (near, far), cube sides: of a view's `depth`                               |
 | world_from_camera  | float32 (V, 4, 4)  | rigid poses, OpenCV axes, cube sides, z up                                 |
 | intrinsics         | float32 (V, 3, 3)  | pixels of the H x W image, pixel centres at +0.5                           |
 | size               | int32 (2,)         | (H, W)                                                                     |
 | occupancy_bits     | bytes, ceil(G^3/8) | bits of (G, G, G) over x, y, z, C order, first voxel in the highest bit    |
 | grid               | int32              | G                                                                          |
+| occupancy_from     | str                | what it was made from: "depth", or "silhouettes" where no view has depth   |
 | occupancy_rounding | str                | rule by which points became voxels: "voxel" or "released"                  |
-| encoding           | str                | of images and depths: "raw" or "png"                                       |
+| encoding           | str                | of `image` and `depth`: "raw" or "png"                                     |
 
-Views are encoded one by one, so that reading 8 of 40 decodes 8. Depth is camera z; its error is at most half a step,
-(far - near) / 131068: 1.4e-5 cube sides for an object that fills the cube.
+A view:
+
+| field              | type, shape        | meaning                                                                    |
+|--------------------|--------------------|----------------------------------------------------------------------------|
+| id                 | str                | its object                                                                 |
+| view_id            | int32              | its number at the source                                                   |
+| image              | bytes              | uint8 (H, W, 4), sRGB-encoded colour, straight alpha: raw C order or PNG   |
+| depth              | bytes              | uint16 (H, W), raw little-endian or PNG: 0 = missing, and q > 0 means      |
+|                    |                    | near + (q - 1)(far - near)/65534                                           |
+
+Depth is camera z; its error is at most half a step, (far - near) / 131068: 1.4e-5 cube sides for an object that fills
+the cube, whose diagonal is 1.73.
 """
 
 import dataclasses
+import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, UInt8
+from jaxtyping import Bool, Float32, Int32, UInt8, UInt16
 from PIL import Image
 
 from geolrm_jax.geometry.voxels import Rounding
 from geolrm_jax.scene import Cameras
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Encoding = Literal["raw", "png"]
+OccupancyFrom = Literal["depth", "silhouettes"]
 _DEPTH_STEPS = 65534
+_PNG_LEVEL = 1  # of 9: higher ones cost far more time than they save bytes
 
 
 class PosedImages(NamedTuple):
@@ -125,50 +141,86 @@ def find_rows(view_ids: np.ndarray, wanted: Sequence[int], origin: str) -> list[
 
 def _to_png(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
+    Image.fromarray(array).save(buffer, format="PNG", compress_level=_PNG_LEVEL)
     return buffer.getvalue()
 
 
 def _encode(array: np.ndarray, encoding: Encoding) -> bytes:
-    return (
-        _to_png(array)
-        if encoding == "png"
-        else np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes()
-    )
+    if encoding == "png":
+        return _to_png(array)
+    return np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 def _decode(data: bytes, dtype: str, shape: tuple[int, ...], encoding: str) -> np.ndarray:
-    if encoding == "png":
-        return np.asarray(Image.open(io.BytesIO(data)), dtype).reshape(shape)
-    return np.frombuffer(data, dtype).reshape(shape)
+    if encoding == "raw":
+        return np.frombuffer(data, dtype).reshape(shape)
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        if image.size != (shape[1], shape[0]):
+            raise ValueError(f"a picture of {image.size[::-1]}, expected {shape[:2]}")
+        return np.asarray(image, dtype).reshape(shape)
 
 
-def _quantize(depth: Float32[np.ndarray, "h w"]) -> tuple[np.ndarray, tuple[float, float]]:
-    """Depth as uint16 with its (near, far)."""
+def _quantize(depth: Float32[np.ndarray, "h w"]) -> tuple[UInt16[np.ndarray, "h w"], tuple[float, float]]:
+    """Depth as steps, 0 where missing, with its (near, far)."""
     present = depth > 0.0
     if not present.any():
         return np.zeros(depth.shape, np.uint16), (0.0, 0.0)
     near, far = float(depth[present].min()), float(depth[present].max())
-    steps = np.rint((depth - near) * (_DEPTH_STEPS / max(far - near, 1e-9)))
+    steps = np.rint((depth - np.float32(near)) * np.float32(_DEPTH_STEPS / max(far - near, 1e-9))).clip(0, _DEPTH_STEPS)
     return np.where(present, 1 + steps, 0).astype(np.uint16), (near, far)
+
+
+def _dequantize(
+    steps: UInt16[np.ndarray, "h w"], limits: Float32[np.ndarray, "2"], out: Float32[np.ndarray, "h w"]
+) -> None:
+    """Depth of steps, written to `out`."""
+    near, far = limits
+    np.multiply(steps, (far - near) / np.float32(_DEPTH_STEPS), out=out, casting="unsafe")
+    out += near - (far - near) / np.float32(_DEPTH_STEPS)
+    out[steps == 0] = 0.0
+
+
+class StoredView(NamedTuple):
+    """One view as it is stored; the module's docstring has the layout."""
+
+    id: str
+    view_id: int
+    image: bytes
+    depth: bytes
+
+
+def _pick(views: Sequence[StoredView], rows: Sequence[int]) -> list[StoredView]:
+    return [views[row] for row in rows]
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One object as it is stored; the module's docstring has the layout."""
+    """One object; the module's docstring has the layout. Its views are read and decoded when asked for.
+
+    `read_views` gives the stored views in the positions asked for.
+    """
 
     id: str
     view_ids: Int32[np.ndarray, "v"]
-    images: tuple[bytes, ...]
-    depths: tuple[bytes, ...]
     depth_range: Float32[np.ndarray, "v 2"]
     world_from_camera: Float32[np.ndarray, "v 4 4"]
     intrinsics: Float32[np.ndarray, "v 3 3"]
     size: tuple[int, int]
     occupancy_bits: bytes
     grid: int
+    occupancy_from: OccupancyFrom
     occupancy_rounding: Rounding
     encoding: Encoding
+    read_views: Callable[[Sequence[int]], list[StoredView]] = dataclasses.field(repr=False, compare=False)
+
+    def __post_init__(self):
+        count, bits = len(self.view_ids), -(-(self.grid**3) // 8)
+        shapes = {"depth_range": (count, 2), "world_from_camera": (count, 4, 4), "intrinsics": (count, 3, 3)}
+        for name, shape in shapes.items():
+            if getattr(self, name).shape != shape:
+                raise DamagedRecord(self.id, f"{name} has shape {getattr(self, name).shape}, expected {shape}")
+        if len(self.occupancy_bits) != bits:
+            raise DamagedRecord(self.id, f"occupancy_bits has {len(self.occupancy_bits)} bytes, expected {bits}")
 
     @classmethod
     def encode(
@@ -179,23 +231,28 @@ class Record:
         *,
         occupancy_rounding: Rounding,
         encoding: Encoding,
+        occupancy_from: OccupancyFrom = "depth",
     ) -> "Record":
         """The record of decoded views and their occupancy; raises ValueError as `check_views` does."""
         check_views(views, id)
-        quantized = [_quantize(depth) for depth in views.depth]
+        stored, limits = [], []
+        for view, image, depth in zip(views.view_ids.tolist(), views.rgba, views.depth, strict=True):
+            steps, near_far = _quantize(depth)
+            stored.append(StoredView(id, view, _encode(image, encoding), _encode(steps, encoding)))
+            limits.append(near_far)
         return cls(
             id=id,
             view_ids=views.view_ids.astype(np.int32),
-            images=tuple(_encode(image, encoding) for image in views.rgba),
-            depths=tuple(_encode(depth, encoding) for depth, _ in quantized),
-            depth_range=np.array([limits for _, limits in quantized], np.float32),
+            depth_range=np.array(limits, np.float32),
             world_from_camera=views.cameras.world_from_camera.astype(np.float32),
             intrinsics=views.cameras.intrinsics.astype(np.float32),
             size=(views.cameras.height, views.cameras.width),
             occupancy_bits=np.packbits(occupancy).tobytes(),
             grid=len(occupancy),
+            occupancy_from=occupancy_from,
             occupancy_rounding=occupancy_rounding,
             encoding=encoding,
+            read_views=functools.partial(_pick, tuple(stored)),
         )
 
     @property
@@ -204,28 +261,27 @@ class Record:
         bits = np.unpackbits(np.frombuffer(self.occupancy_bits, np.uint8), count=self.grid**3)
         return bits.reshape((self.grid,) * 3).astype(bool)
 
-    def rgba(self, row: int) -> UInt8[np.ndarray, "h w 4"]:
-        """The picture in position `row`."""
-        return _decode(self.images[row], "u1", (*self.size, 4), self.encoding)
-
-    def depth(self, row: int) -> Float32[np.ndarray, "h w"]:
-        """Camera z in cube sides of the view in position `row`, 0 where missing."""
-        steps = _decode(self.depths[row], "<u2", self.size, self.encoding)
-        near, far = self.depth_range[row]
-        return np.where(steps > 0, near + (steps.astype(np.float32) - 1.0) * ((far - near) / _DEPTH_STEPS), 0.0).astype(
-            np.float32
-        )
-
     def cameras(self, rows: Sequence[int]) -> Cameras:
         """Cameras of the views in positions `rows`."""
         rows = list(rows)
         return Cameras(self.world_from_camera[rows], self.intrinsics[rows], *self.size)
 
     def views(self, ids: Sequence[int] | None = None) -> PosedImages:
-        """Decoded views with the given numbers, all of them by default; ValueError where one is missing."""
-        rows = range(len(self.view_ids)) if ids is None else find_rows(self.view_ids, ids, self.id)
+        """Decoded views with the given numbers, all of them by default; no other view is read.
+
+        Raises:
+          ValueError: if the record has no such view.
+          DamagedRecord: if a view cannot be read.
+        """
+        rows = list(range(len(self.view_ids))) if ids is None else find_rows(self.view_ids, ids, self.id)
+        rgba, depth = np.empty((len(rows), *self.size, 4), np.uint8), np.empty((len(rows), *self.size), np.float32)
         try:
-            rgba, depth = np.stack([self.rgba(r) for r in rows]), np.stack([self.depth(r) for r in rows])
-        except (ValueError, OSError, SyntaxError) as error:
+            for place, (row, view) in enumerate(zip(rows, self.read_views(rows), strict=True)):
+                if (view.id, view.view_id) != (self.id, int(self.view_ids[row])):
+                    raise ValueError(f"view {self.view_ids[row]} is stored as view {view.view_id} of {view.id}")
+                rgba[place] = _decode(view.image, "u1", (*self.size, 4), self.encoding)
+                steps = _decode(view.depth, "<u2", self.size, self.encoding)
+                _dequantize(steps, self.depth_range[row], depth[place])
+        except (ValueError, OSError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
             raise DamagedRecord(self.id, str(error)) from error
-        return PosedImages(self.view_ids[list(rows)], rgba, depth, self.cameras(rows))
+        return PosedImages(self.view_ids[rows], rgba, depth, self.cameras(rows))

@@ -24,7 +24,7 @@ def test_example_has_premultiplied_colours_and_the_records_cameras(train):
     rgba = record.views([8, 0]).rgba / 255.0
     np.testing.assert_allclose(example.inputs.rgb, rgba[..., :3] * rgba[..., 3:], atol=1e-6)
     np.testing.assert_allclose(example.inputs.alpha, rgba[..., 3], atol=1e-6)
-    np.testing.assert_array_equal(example.targets.depth[0], record.depth(6))
+    np.testing.assert_array_equal(example.targets.depth[0], record.views([25]).depth[0])
     np.testing.assert_array_equal(example.targets.cameras.world_from_camera[0], record.world_from_camera[6])
     np.testing.assert_array_equal(example.occupancy, record.occupancy)
     assert example.index == 2 and example.inputs.valid.all()

@@ -1,9 +1,12 @@
 """Records: what goes in comes out, to the stated error; what is unsound is refused by name."""
 
+import dataclasses
+import pickle
+
 import numpy as np
 import pytest
 
-from geolrm_jax.data.record import PosedImages, Record, check_views
+from geolrm_jax.data.record import DamagedRecord, PosedImages, Record, check_views
 from geolrm_jax.geometry.cameras import orbit
 from geolrm_jax.scene import Cameras
 
@@ -34,10 +37,51 @@ def test_encoded_views_come_back(views, encoding, rng):
 
 def test_reading_some_views_decodes_only_those(views):
     record = Record.encode("a", views, np.ones((2, 2, 2), bool), occupancy_rounding="voxel", encoding="png")
-    broken = Record(**{**vars(record), "images": (record.images[0], b"no picture", b"no picture")})
-    assert broken.views([4]).rgba.shape == (1, 10, 10, 4)
+    asked = []
+
+    def read_views(rows):
+        asked.extend(rows)
+        return record.read_views(rows)
+
+    watched = dataclasses.replace(record, read_views=read_views)
+    assert watched.views([9]).rgba.shape == (1, 10, 10, 4) and asked == [2]
     with pytest.raises(ValueError, match=r"a: no views \[7\]"):
         record.views([4, 7])
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        ({"image": b"no picture"}, "a: "),
+        ({"depth": b""}, "a: "),
+        ({"view_id": 9}, "a: view 4 is stored as view 9 of a"),
+        ({"id": "b"}, "a: view 4 is stored as view 4 of b"),
+    ],
+)
+def test_a_damaged_view_is_one_kind_of_error_that_names_its_object(views, encoding, damage, reason):
+    record = Record.encode("a", views, np.ones((2, 2, 2), bool), occupancy_rounding="voxel", encoding=encoding)
+    [first] = record.read_views([0])
+    broken = dataclasses.replace(record, read_views=lambda rows: [first._replace(**damage)] * len(rows))
+    with pytest.raises(DamagedRecord, match=reason) as caught:
+        broken.views([4])
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.id, str(again)) == ("a", str(caught.value))
+
+
+def test_a_picture_of_another_size_is_damage(views):
+    record, small = (
+        Record.encode("a", v, np.ones((2, 2, 2), bool), occupancy_rounding="voxel", encoding="png")
+        for v in (views, cropped(views))
+    )
+    broken = dataclasses.replace(record, read_views=small.read_views)
+    with pytest.raises(DamagedRecord, match=r"a picture of \(8, 10\), expected \(10, 10\)"):
+        broken.views([4])
+
+
+def cropped(views):
+    cameras = Cameras(views.cameras.world_from_camera, views.cameras.intrinsics, 8, 10)
+    return views._replace(rgba=views.rgba[:, :8], depth=views.depth[:, :8], cameras=cameras)
 
 
 def changed(views, **fields):

@@ -1,236 +1,225 @@
-"""Writes a source's objects as records into ArrayRecord files, by a TFDS builder without TensorFlow.
+"""Writes a source's objects as records into ArrayRecord files that TFDS opens, without TensorFlow.
 
-A finished set is a folder with `data_config.json` (what it was built from, and the format version) and TFDS's files
-below it. It is written under another name and renamed when complete: a folder of that name is whole.
+The set is written under another name, DIR.unfinished, shard after shard, and renamed when it is complete: a folder of
+its own name is whole. A build that was interrupted goes on from the shards that it had finished.
 """
 
-import collections
-import concurrent.futures
 import contextlib
-import dataclasses
+import fcntl
+import itertools
 import json
-import os
 import shutil
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tensorflow_datasets as tfds
-from absl import logging
-
+from geolrm_jax.data.builders.config import DataConfig, check_same, read_config, stored_config
+from geolrm_jax.data.builders.layout import CONFIG_FILE, KINDS, MANIFEST_FILE, REJECTED_FILE, SPLITS, write_metadata
+from geolrm_jax.data.builders.shards import MARKERS, Shard, make_record, split_into_shards, write_shard
+from geolrm_jax.data.builders.workers import cores, run_tasks
 from geolrm_jax.data.folder import FolderSource
-from geolrm_jax.data.occupancy import drop_edges, occupancy_from_depth
 from geolrm_jax.data.procedural import ProceduralSource
-from geolrm_jax.data.record import FORMAT_VERSION, Encoding, Record, check_views
-from geolrm_jax.geometry.voxels import Rounding
+from geolrm_jax.data.record import FORMAT_VERSION
+from geolrm_jax.export.files import written_whole
 
-CONFIG_FILE = "data_config.json"
-SPLITS = ("train", "test")
+__all__ = ["DataConfig", "build", "make_record", "read_config", "stored_config"]
 
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """A data set: where its objects come from and how they are stored."""
-
-    source: ProceduralSource | FolderSource = ProceduralSource()
-    """Where objects come from."""
-    occupancy_grid: int = 64
-    """Voxels a side of the ground-truth occupancy; the proposal network's fine grid."""
-    occupancy_rounding: Rounding = "voxel"
-    """Rule by which surface points become voxels: "voxel", the nearest, or "released", the paper's code."""
-    image_encoding: Encoding = "raw"
-    """"raw" bytes are fast to read, "png" is smaller."""
-    root: str | None = None
-    """Folder of the built set, which several runs may share; None: `data` inside the work directory."""
-
+PLAN_FILE, LOCK_FILE = "plan.json", "lock"
+MAX_REJECTED = 0.1
+# A reader holds two files open for each shard; fewer than 16 would leave cores without work.
+_FEWEST, _MOST, _OBJECTS = 16, 256, 64
 
 Advance = Callable[[str, int, int], None]
 
 
-def build(config: DataConfig, directory: Path | str, *, advance: Advance = lambda *_: None) -> Path:
-    """Builds the set of `config` in `directory`, or finds it complete there.
+def build(
+    config: DataConfig,
+    directory: Path | str,
+    *,
+    advance: Advance = lambda *_: None,
+    processes: int | None = None,
+    max_rejected: float = MAX_REJECTED,
+    objects_per_shard: int | None = None,
+) -> Path:
+    """Builds the set of `config` in `directory`, goes on with it, or finds it complete there.
 
     Args:
-      config: all but `root` decides the set's content.
-      directory: made by this function. It gets its name when all is written; a build that fails leaves nothing, one
-        that is killed a hidden folder beside it.
+      config: all but `root` and `built` decides the set's content. The same source gives the same bytes.
+      directory: made by this function. It gets its name when all is written. What is unfinished lies in the folder
+        DIRECTORY.unfinished, from which the same call goes on; one process works on it, others wait.
       advance: called as (split, objects done, objects in all) after each object.
+      processes: that build shards at a time; None: one for each core. Procedural objects are rendered by threads of
+        this process, which share its accelerator.
+      max_rejected: share of the objects that may be unsound. They are listed in `rejected.jsonl`.
+      objects_per_shard: None: such that a split has 16 to 256 shards.
 
     Returns:
       The directory.
 
     Raises:
-      ValueError: if the directory holds something else or a set of another config (both are named), or if an object
-        of the source is not sound (the object, and what was expected, are named).
+      ValueError: if the directory holds something else or a set of another config (both are named), if the source has
+        no objects, or if too many of them are unsound.
+      OSError: if the disk is full, or a process was ended from outside.
     """
-    directory = Path(directory)
-    content = stored_config(config)
-    if directory.exists() and any(directory.iterdir()):
-        found = read_config(directory)
-        if found != content:
-            changed = sorted(key for key in {*found, *content} if found.get(key) != content.get(key))
-            raise ValueError(
-                f"{directory} holds a data set of another config: "
-                + "; ".join(f"{key} is {found.get(key)} there, {content.get(key)} here" for key in changed)
-            )
+    directory, content = Path(directory), stored_config(config)
+    if not 0.0 <= max_rejected <= 1.0 or (objects_per_shard or 1) < 1 or (processes or 1) < 1:
+        raise ValueError(
+            "expected max_rejected in [0, 1], processes and objects_per_shard of at least 1, got "
+            f"{max_rejected}, {processes}, {objects_per_shard}"
+        )
+    if config.built or (directory.exists() and any(directory.iterdir())):
+        _check_complete(config, directory)
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        with _quiet_tfds():
-            builder = RecordBuilder(config, advance, data_dir=unfinished, file_format="array_record")
-            builder.download_and_prepare(download_dir=unfinished / "downloads")
-        shutil.rmtree(unfinished / "downloads", ignore_errors=True)
-        (unfinished / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    unfinished = directory.with_name(f"{directory.name}.unfinished")
+    with _alone_in(unfinished):
+        if directory.exists() and any(directory.iterdir()):  # another process has finished it meanwhile
+            _check_complete(config, directory)
+            shutil.rmtree(unfinished)
+            return directory
+        plan = _plan(config, content, unfinished, objects_per_shard)
+        shards = [
+            shard
+            for split, ids in plan["splits"].items()
+            for shard in split_into_shards(split, ids, plan["objects_per_shard"][split])
+        ]
+        markers = _write_shards(config, unfinished, shards, advance, processes or cores(), max_rejected)
+        _finish(unfinished, plan, markers)
         unfinished.rename(directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return directory
 
 
-def stored_config(config: DataConfig) -> dict[str, Any]:
-    """What decides a set's content, as the JSON that stands beside it."""
-    content = dataclasses.asdict(config)
-    del content["root"]
-    content["source"] = {"kind": type(config.source).__name__, **content["source"]}
-    return json.loads(json.dumps({"format_version": FORMAT_VERSION, **content}))
-
-
-def read_config(directory: Path | str) -> dict[str, Any]:
-    """The config of a finished set; raises FileNotFoundError where there is none, ValueError for another version."""
-    file = Path(directory) / CONFIG_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{directory} is no built data set: {CONFIG_FILE} expected in it")
-    content = json.loads(file.read_text())
-    if content["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{file}: format version {content['format_version']}, this program reads {FORMAT_VERSION}")
-    return content
-
-
-def features() -> tfds.features.FeaturesDict:
-    """The record layout in TFDS's terms; field names are those of `record.Record`."""
-
-    def tensor(shape, dtype):
-        # As bytes: TFDS's default writes every number as a varint of its own.
-        return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
-
-    string = tfds.features.Tensor(shape=(), dtype=np.object_)
-    return tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "view_ids": tensor((None,), np.int32),
-            "images": tfds.features.Sequence(string),
-            "depths": tfds.features.Sequence(string),
-            "depth_range": tensor((None, 2), np.float32),
-            "world_from_camera": tensor((None, 4, 4), np.float32),
-            "intrinsics": tensor((None, 3, 3), np.float32),
-            "size": tensor((2,), np.int32),
-            "occupancy_bits": string,
-            "grid": tensor((), np.int32),
-            "occupancy_rounding": tfds.features.Text(),
-            "encoding": tfds.features.Text(),
-        }
-    )
-
-
-def to_features(record: Record) -> dict[str, Any]:
-    """A record as the dictionary that TFDS writes."""
-    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    return {
-        **values,
-        "images": list(record.images),
-        "depths": list(record.depths),
-        "size": np.array(record.size, np.int32),
-        "grid": np.array(record.grid, np.int32),
-    }
-
-
-def from_features(values: dict[str, Any]) -> Record:
-    """The record of a dictionary that TFDS read."""
-    return Record(
-        **{
-            **values,
-            **{name: values[name].decode() for name in ("id", "occupancy_rounding", "encoding")},
-            "images": tuple(values["images"]),
-            "depths": tuple(values["depths"]),
-            "size": tuple(values["size"].tolist()),
-            "grid": int(values["grid"]),
-        }
-    )
-
-
-def make_record(config: DataConfig, split: str, id: str) -> Record:
-    """One object of the config's source as a record, its occupancy made from the depth of its views."""
-    views = check_views(config.source.read(split, id), id)
-    depth = drop_edges(views.depth, views.cameras)
-    occupancy = occupancy_from_depth(depth, views.cameras, config.occupancy_grid, config.occupancy_rounding)
-    if not occupancy.any():
-        raise ValueError(f"{id}: no usable depth in any of its views; occupancy cannot be made")
-    return Record.encode(
-        id, views, occupancy, occupancy_rounding=config.occupancy_rounding, encoding=config.image_encoding
-    )
-
-
-class RecordBuilder(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of any source's records; splits without objects are left out."""
-
-    VERSION = tfds.core.Version(f"{FORMAT_VERSION}.0.0")
-    # TFDS looks for checksums of downloads beside a builder's code, with a package it does not depend on. None here.
-    code_path = None
-
-    def __init__(self, config: DataConfig, advance: Advance, **arguments):
-        self._data_config, self._advance = config, advance
-        super().__init__(**arguments)
-
-    def _log_download_bytes(self) -> None:
-        """Nothing: TFDS would print that it downloads."""
-
-    def _log_download_done(self) -> None:
-        """Nothing, as above."""
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, features=features(), disable_shuffling=True)
-
-    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        ids = {split: self._data_config.source.ids(split) for split in SPLITS}
-        if not any(ids.values()):
-            raise ValueError(f"an empty data set: {self._data_config.source} has no objects")
-        return {split: self._generate_examples(split, names) for split, names in ids.items() if names}
-
-    def _generate_examples(self, split: str, ids: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        records = _in_order(lambda id: make_record(self._data_config, split, id), ids)
-        for index, record in enumerate(records):
-            yield index, to_features(record)
-            self._advance(split, index + 1, len(ids))
-
-
-def _in_order(function: Callable[[str], Record], ids: list[str]) -> Iterator[Record]:
-    """`map` by a thread for each core, a few items ahead of the reader."""
-    workers = os.cpu_count() or 1
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        pending: collections.deque[concurrent.futures.Future] = collections.deque()
-        try:
-            for id in ids:
-                pending.append(pool.submit(function, id))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+def _check_complete(config: DataConfig, directory: Path) -> None:
+    """Raises a ValueError unless the finished set in `directory` serves for `config`."""
+    found, wanted = read_config(directory), stored_config(config)
+    if config.built:
+        names = ("occupancy_grid", "occupancy_rounding")
+        found, wanted = ({name: content[name] for name in names} for content in (found, wanted))
+    check_same(found, wanted, directory)
 
 
 @contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """Without TFDS's own bars and log lines."""
-    verbosity = logging.get_verbosity()
-    tfds.disable_progress_bar()
-    logging.set_verbosity(logging.ERROR)
-    try:
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process builds in `folder`, which is made; the lock ends with the process that holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-    finally:
-        logging.set_verbosity(verbosity)
-        tfds.enable_progress_bar()
+
+
+def _plan(
+    config: DataConfig, content: dict[str, Any], unfinished: Path, objects_per_shard: int | None
+) -> dict[str, Any]:
+    """Which objects go into which shards: decided once, when the build begins."""
+    file = unfinished / PLAN_FILE
+    if file.is_file():
+        plan = json.loads(file.read_text())
+        try:
+            check_same(plan["config"], content, unfinished)
+        except ValueError as error:
+            raise ValueError(f"{error}: delete {unfinished}, or build elsewhere") from None
+        for leftover in unfinished.rglob(".*.array_record*"):
+            leftover.unlink()
+        return plan
+    listed = {split: config.source.ids(split) for split in SPLITS}
+    ids = {split: list(dict.fromkeys(names)) for split, names in listed.items() if names}
+    if not ids:
+        raise ValueError(f"an empty data set: {config.source} has no objects")
+    twice = [
+        {"split": split, "id": id, "reason": f"listed {count} times, stored once"}
+        for split, names in listed.items()
+        for id, count in Counter(names).items()
+        if count > 1
+    ]
+    left_out = config.source.left_out() if isinstance(config.source, FolderSource) else {}
+    plan = {
+        "config": content,
+        "objects_per_shard": {
+            split: objects_per_shard or _objects_per_shard(len(names)) for split, names in ids.items()
+        },
+        "splits": ids,
+        "left_out": [*twice, *({"split": "train", "id": id, "reason": why} for id, why in left_out.items())],
+    }
+    with written_whole(file) as path:
+        path.write_text(json.dumps(plan) + "\n")
+    return plan
+
+
+def _objects_per_shard(objects: int) -> int:
+    shards = min(_MOST, max(-(-objects // _OBJECTS), min(objects, _FEWEST)))
+    return -(-objects // shards)
+
+
+def _write_shards(
+    config: DataConfig, unfinished: Path, shards: list[Shard], advance: Advance, processes: int, max_rejected: float
+) -> list[dict[str, Any]]:
+    """Writes the shards that are not there yet; returns what the markers of all of them say, in order."""
+    totals = Counter({split: sum(len(s.ids) for s in shards if s.split == split) for split in SPLITS})
+    markers = {s: json.loads((unfinished / s.marker).read_text()) for s in shards if (unfinished / s.marker).is_file()}
+    counts = Counter({split: sum(len(s.ids) for s in markers if s.split == split) for split in totals})
+    for split, count in counts.items():
+        if count:
+            advance(split, count, totals[split])
+
+    def done(split: str) -> None:
+        counts[split] += 1
+        advance(split, counts[split], totals[split])
+
+    _check_rejected(list(markers.values()), sum(totals.values()), max_rejected, unfinished)
+    missing = [shard for shard in shards if shard not in markers]
+    results = run_tasks(
+        write_shard,
+        [(config, unfinished, shard) for shard in missing],
+        workers=min(processes, len(missing) or 1),
+        threads=isinstance(config.source, ProceduralSource),
+        done=done,
+    )
+    by_name = {(shard.split, shard.number): shard for shard in missing}
+    with contextlib.closing(results):
+        for marker in results:
+            markers[by_name[marker["split"], marker["shard"]]] = marker
+            _check_rejected(list(markers.values()), sum(totals.values()), max_rejected, unfinished)
+    return [markers[shard] for shard in shards]
+
+
+def _check_rejected(markers: list[dict[str, Any]], objects: int, max_rejected: float, unfinished: Path) -> None:
+    """Raises a ValueError with the list once more objects were rejected than may be."""
+    rejected = [entry for marker in markers for entry in marker["rejected"]]
+    if len(rejected) <= max_rejected * objects:
+        return
+    _write_lines(unfinished / REJECTED_FILE, rejected)
+    some = "; ".join(f"{entry['split']} {entry['reason']}" for entry in rejected[:5])
+    raise ValueError(
+        f"{len(rejected)} of {objects} objects were rejected, more than {max_rejected:.0%} (max_rejected): {some}"
+        f"{'; …' if len(rejected) > 5 else ''}; all of them in {unfinished / REJECTED_FILE}. Finished shards stay: "
+        f"a higher share goes on from them, and once the source is mended, deleting {unfinished} begins anew"
+    )
+
+
+def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+
+
+def _finish(unfinished: Path, plan: dict[str, Any], markers: list[dict[str, Any]]) -> None:
+    """Writes everything beside the shards, and removes what only the building needed."""
+    by_split = {split: [marker for marker in markers if marker["split"] == split] for split in plan["splits"]}
+    empty = [split for split, parts in by_split.items() if not sum(part["objects"] for part in parts)]
+    if empty:
+        raise ValueError(f"no object of {', '.join(empty)} is sound: see {unfinished / MARKERS}")
+    write_metadata(
+        unfinished,
+        {kind: {split: [part[kind] for part in parts] for split, parts in by_split.items()} for kind in KINDS},
+    )
+    rejected = [{**entry, "kind": "rejected"} for entry in itertools.chain(*(m["rejected"] for m in markers))]
+    left_out = [{**entry, "kind": "left out"} for entry in plan["left_out"]]
+    _write_lines(unfinished / REJECTED_FILE, [*rejected, *left_out])
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "shards": [{**marker, "rejected": len(marker["rejected"])} for marker in markers],
+    }
+    (unfinished / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
+    (unfinished / CONFIG_FILE).write_text(json.dumps(plan["config"], indent=2) + "\n")
+    shutil.rmtree(unfinished / MARKERS)
+    for name in (PLAN_FILE, LOCK_FILE):
+        (unfinished / name).unlink()
