@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
 
 from geolrm_jax.data.builders.config import read_config
 from geolrm_jax.data.builders.layout import KINDS, VERSION, object_fields, stored_view
@@ -16,18 +17,28 @@ __all__ = ["DamagedRecord", "RecordSource", "open_split"]
 
 
 class RecordSource:
-    """Random access to the records of one split; picklable, and so are its records."""
+    """Random access to the records of one split; picklable, and so are its records.
+
+    Attributes:
+      directory, split: what is open.
+      config: what the set was built from, as `builders.config.read_config` gives it.
+      shard_lengths: objects of each shard, and views of each.
+    """
 
     def __init__(self, directory: Path | str, split: str):
         self.config = read_config(directory)
         self.directory, self.split = Path(directory), split
-        objects, views = (tfds.builder_from_directory(self.directory / kind / VERSION) for kind in KINDS)
+        try:
+            objects, views = (tfds.builder_from_directory(self.directory / kind / VERSION) for kind in KINDS)
+        except (json_format.Error, ValueError) as error:
+            raise ValueError(f"{directory}: TFDS's metadata is damaged: {error}") from error
         if split not in objects.info.splits:
             raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(objects.info.splits)}")
         self._objects, self._views = objects.as_data_source(split), views.as_data_source(split)
+        self.shard_lengths = tuple(list(kind.info.splits[split].shard_lengths) for kind in (objects, views))
         # Where each shard's objects end, and where its views begin.
-        self._ends = list(itertools.accumulate(objects.info.splits[split].shard_lengths))
-        self._first_views = [0, *itertools.accumulate(views.info.splits[split].shard_lengths)]
+        self._ends = list(itertools.accumulate(self.shard_lengths[0]))
+        self._first_views = [0, *itertools.accumulate(self.shard_lengths[1])]
 
     def __len__(self) -> int:
         return len(self._objects)
