@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -76,7 +76,7 @@ def read_mesh(path: str | Path, up: UpAxis = "file") -> list[MeshPart]:
     parts = [_with_axes(part, y_up) for part in _read_parts(path)]
     if not parts:
         raise ValueError(f"{path} holds no triangle")
-    used = np.concatenate([part.vertices[np.unique(part.faces)] for part in parts])
+    used = used_vertices(parts)
     low, high = used.min(axis=0), used.max(axis=0)
     side = (high - low).max()
     if side <= 0.0 or not np.isfinite(side):
@@ -84,7 +84,7 @@ def read_mesh(path: str | Path, up: UpAxis = "file") -> list[MeshPart]:
     return [part._replace(vertices=(part.vertices - 0.5 * (low + high)) / side) for part in parts]
 
 
-def used_vertices(parts: list[MeshPart]) -> Float64[np.ndarray, "n 3"]:
+def used_vertices(parts: Sequence[MeshPart]) -> Float64[np.ndarray, "n 3"]:
     """All vertices that a triangle uses."""
     return np.concatenate([part.vertices[np.unique(part.faces)] for part in parts])
 
@@ -139,7 +139,7 @@ def _read_parts(path: Path) -> Iterator[MeshPart]:
             for part in _placed(scene.geometry[scene.graph[node][1]], scene.graph[node][0], path)
         ]
     except Exception as error:  # whatever a damaged file does to a parser
-        raise ValueError(f"{path} is no readable mesh: {error!r}") from error
+        raise ValueError(f"{path} is no readable mesh: {'; '.join([*resolver.faults, repr(error)])}") from error
     if resolver.faults:
         raise ValueError(f"{path} names a file that cannot be used: {', '.join(sorted({*resolver.faults}))}")
     if path.suffix.lower() in _GLTF:
@@ -147,7 +147,7 @@ def _read_parts(path: Path) -> Iterator[MeshPart]:
     yield from parts
 
 
-def _placed(mesh: trimesh.Trimesh, pose: np.ndarray, path: Path) -> Iterator[MeshPart]:
+def _placed(mesh: trimesh.parent.Geometry, pose: np.ndarray, path: Path) -> Iterator[MeshPart]:
     """A mesh where its node puts it; nothing for points, curves and meshes without triangles."""
     if not isinstance(mesh, trimesh.Trimesh) or len(mesh.faces) == 0:
         return
@@ -215,7 +215,7 @@ def linear_to_srgb(values: np.ndarray) -> np.ndarray:
     return np.where(values <= 0.0031308, values * 12.92, 1.055 * values ** (1 / 2.4) - 0.055)
 
 
-def _material(material: PBRMaterial | SimpleMaterial, textured: bool) -> Material:
+def _material(material: trimesh.visual.material.Material, textured: bool) -> Material:
     """Base colour, gloss and holes of a material; `textured`: the mesh has coordinates for pictures."""
     if isinstance(material, SimpleMaterial):  # of an OBJ or PLY; where there is a picture, its factor is not used
         if textured and material.image is not None:
@@ -250,7 +250,7 @@ def _rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
 
 def _opacity(image: Image.Image, material: PBRMaterial) -> Float32[np.ndarray, "h w"] | None:
     """Opacity of the picture where the material says that it counts and there is a hole."""
-    if material.alphaMode not in ("MASK", "BLEND") or "A" not in image.convert("RGBA").getbands():
+    if material.alphaMode not in ("MASK", "BLEND"):
         return None
     alpha = np.asarray(image.convert("RGBA"))[..., 3] / np.float32(255.0)
     if material.alphaMode == "MASK":

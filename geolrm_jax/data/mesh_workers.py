@@ -6,6 +6,7 @@ import multiprocessing.connection
 import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,7 +30,7 @@ class Event(NamedTuple):
 
 
 class _Worker(NamedTuple):
-    process: multiprocessing.Process
+    process: BaseProcess
     connection: Connection
 
 
@@ -87,7 +88,7 @@ def _start(out: Path, config: RenderConfig, variant: Variant) -> _Worker:
     return _Worker(process, ours)
 
 
-def _exit(process: multiprocessing.Process) -> str:
+def _exit(process: BaseProcess) -> str:
     process.join()
     code = process.exitcode
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
