@@ -146,7 +146,7 @@ def check_shard(
         try:
             record = source[start + number]
             result["ids"].append(record.id)
-            if number % every == 0:
+            if (start + number) % every == 0:
                 result["judged"] += 1
                 judge(record, config)
                 result["voxels"].append(int(record.occupancy.sum()))
