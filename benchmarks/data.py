@@ -1,97 +1,218 @@
-"""Data: procedural rendering, building a set, reading it back.
+"""Data: procedural rendering, building a set, reading it for training, memory of a reader.
 
-    python benchmarks/data.py [--objects 40] [--views 16] [--size 128] [--inputs 4] [--drawn 8]
+    python benchmarks/data.py [--parts rendering building reading memory] [--size 448] [--objects 8] [--out FILE]
 
-Prints one JSON line: views/s of rendering (one caller, and one for each core), seconds and bytes of a built set for
-both encodings, samples/s of the training pipeline. Other load on the machine counts against it: `load` is given.
+Objects are procedural, rendered and written in the GObjaverse layout, then built and read as a user's would be, from
+a folder that is removed again; what was just written is still in memory, so disks are not measured. Prints JSON.
+Other load counts against wall time: `load` and the processor seconds of each part stand beside it.
 """
 
 import argparse
+import collections
 import concurrent.futures
-import dataclasses
+import gc
 import itertools
 import json
 import os
+import resource
+import shutil
 import tempfile
 import time
 from pathlib import Path
 
-import jax
+import measuring
 import numpy as np
 
-from geolrm_jax.data.pipeline import DataConfig, ProceduralSource, build, open_split, training_dataset
+from geolrm_jax.data.examples import premultiply
+from geolrm_jax.data.folder_writing import write_view
+from geolrm_jax.data.pipeline import (
+    DataConfig,
+    FolderSource,
+    PipelineConfig,
+    ProceduralSource,
+    RecordSource,
+    build,
+    make_example,
+    make_views,
+    open_split,
+    training_dataset,
+)
+
+VIEWS = tuple(v for v in range(40) if v not in (24, 39))
+DISTINCT = 2  # rendered; the other objects are copies of them
+DRAWN, INPUTS, BATCH = 8, 7, 4
+# (worker processes, threads in each) of the training pipeline
+WAYS = ((0, 1), (0, 2), (0, 3), (1, 2), (2, 1))
 
 
-def timed(call) -> float:
-    """Seconds that `call` takes."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def processor_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def rendering(source: ProceduralSource) -> dict[str, float]:
-    """Compilation in seconds, and views/s once compiled."""
-    ids, views = source.ids("train"), len(source.view_ids)
+def cost_of(call, repeats: int = 1) -> dict[str, float]:
+    """Wall and processor seconds of one call, the mean over `repeats`, and the load meanwhile."""
+    wall, processor = time.perf_counter(), processor_seconds()
+    for _ in range(repeats):
+        call()
+    seconds = {"wall_s": time.perf_counter() - wall, "processor_s": processor_seconds() - processor}
+    return {name: value / repeats for name, value in seconds.items()} | {"load": os.getloadavg()[0]}
+
+
+def rendering(size: int, objects: int) -> dict[str, float]:
+    """Compilation in seconds, and views/s once compiled, from one caller and from one for each core."""
+    source = ProceduralSource(objects, test_objects=0, size=size, view_ids=VIEWS)
+    ids = source.ids("train")
 
     def read(id):
         return source.read("train", id)
 
-    compile_seconds = timed(lambda: read(ids[0]))
+    compile_seconds = measuring.seconds_of(lambda: read(ids[0]))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        alone = timed(lambda: [read(id) for id in ids])
-        together = timed(lambda: list(pool.map(read, ids)))
+        alone = measuring.seconds_of(lambda: [read(id) for id in ids])
+        together = measuring.seconds_of(lambda: list(pool.map(read, ids)))
+    views = len(ids) * len(VIEWS)
     return {
+        "size": size,
         "compile_s": compile_seconds,
-        "views_per_s_one_caller": len(ids) * views / alone,
-        "views_per_s_all_cores": len(ids) * views / together,
+        "views_per_s_one_caller": views / alone,
+        "views_per_s_all_cores": views / together,
     }
 
 
-def building_and_reading(config: DataConfig, arguments: argparse.Namespace) -> dict[str, float]:
-    """Build time and size of a set, and samples/s of its training pipeline."""
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder) / "set"
-        seconds = timed(lambda: build(config, directory))
-        size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-        train = open_split(directory, "train")
-        input_size, render_size = (arguments.size // 28 * 28,) * 2, (arguments.size,) * 2
-        batches = iter(
-            training_dataset(
-                train,
-                batch=4,
-                views=arguments.drawn,
-                inputs=arguments.inputs,
-                input_size=input_size,
-                render_size=render_size,
-                seed=0,
+def write_objects(folder: Path, size: int, count: int) -> Path:
+    """`count` objects in the GObjaverse layout, all 40 views each."""
+    source = ProceduralSource(DISTINCT, test_objects=0, size=size, view_ids=tuple(range(40)))
+    for number, id in enumerate(source.ids("train")):
+        views = source.read("train", id)
+        for row, view in enumerate(views.view_ids.tolist()):
+            write_view(
+                folder / f"{number}",
+                view,
+                rgba=views.rgba[row],
+                depth=views.depth[row],
+                normal=np.zeros((size, size, 3), np.float32),
+                world_from_camera=views.cameras.world_from_camera[row],
+                intrinsics=views.cameras.intrinsics[row],
             )
+    for number in range(DISTINCT, count):
+        shutil.copytree(folder / f"{number % DISTINCT}", folder / f"{number}")
+    return folder
+
+
+def building(root: Path, size: int, objects: int) -> dict:
+    """Seconds per object of 40 views on one core and on all, both encodings; MB of its source files."""
+    folder = write_objects(root / f"objects_{size}", size, objects)
+    source_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    result = {"size": size, "source_MB_per_object": source_bytes / objects / 1e6}
+    for encoding, processes in itertools.product(("raw", "png"), (1, os.cpu_count())):
+        config = DataConfig(FolderSource(str(folder)), occupancy_grid=128, image_encoding=encoding)
+        out = root / f"built_{size}_{encoding}_{processes}"
+        cost = cost_of(lambda: build(config, out, processes=processes))  # noqa: B023
+        cost["wall_s"], cost["processor_s"] = cost["wall_s"] / objects, cost["processor_s"] / objects
+        result[f"{encoding}, {processes} processes, per object"] = cost
+    return result
+
+
+def reading(root: Path, size: int, objects: int) -> dict:
+    """Samples/s of the training pipeline, and where the time of a sample goes, both encodings."""
+    folder = write_objects(root / f"objects_{size}", size, objects)
+    result = {"size": size, "drawn": DRAWN, "of": len(VIEWS)}
+    for encoding in ("raw", "png"):
+        config = DataConfig(FolderSource(str(folder)), occupancy_grid=128, image_encoding=encoding)
+        built = build(config, root / f"built_{encoding}")
+        train = open_split(built, "train")
+        stored = sum(file.stat().st_size for file in built.rglob("*") if file.is_file())
+        result[encoding] = {
+            "MB_per_object": stored / objects / 1e6,
+            "ms_per_sample": parts_of_a_sample(train, size),
+            **{f"{p} processes, {t} threads": samples_per_second(train, size, p, t) for p, t in WAYS},
+        }
+    return result
+
+
+def parts_of_a_sample(train: RecordSource, size: int, repeats: int = 20) -> dict[str, dict[str, float]]:
+    """Milliseconds in one thread, each part including what it needs."""
+    record, ids, smaller = train[0], list(VIEWS[3 : 3 + DRAWN]), size // 28 * 28 - 56
+    rows = [record.view_ids.tolist().index(view) for view in ids]
+    views = record.views(ids)
+    calls = {
+        "open the record": lambda: train[0],
+        "read 8 views, undecoded": lambda: record.read_views(rows),
+        "read and decode 8 views": lambda: record.views(ids),
+        "premultiply": lambda: premultiply(views.rgba),
+        "premultiply and resize": lambda: make_views(views, (smaller, smaller)),
+        "occupancy": lambda: record.occupancy,
+        "the whole example": lambda: make_example(record, ids[:INPUTS], ids, (size, size), (size, size)),
+    }
+    return {
+        name: {k: 1e3 * v for k, v in cost_of(call, repeats).items() if k != "load"} for name, call in calls.items()
+    }
+
+
+def samples_per_second(train: RecordSource, size: int, processes: int, threads: int, steps: int = 25) -> dict:
+    """Of the training pipeline, once it runs; the consumer does nothing."""
+    batches = iter(
+        training_dataset(
+            train,
+            batch=BATCH,
+            views=DRAWN,
+            inputs=INPUTS,
+            input_size=(size, size),
+            render_size=(size, size),
+            seed=0,
+            config=PipelineConfig(threads=threads, processes=processes),
         )
+    )
+    for _ in range(2 * threads * max(processes, 1) + 1):  # what was decoded ahead does not count
         next(batches)
-        reading = timed(lambda: list(itertools.islice(batches, 25)))
-        return {"build_s": seconds, "kB_per_object": size / len(train) / 1e3, "samples_per_s": 100 / reading}
+    cost = cost_of(lambda: next(batches), steps)
+    batches.close()
+    result = {"samples_per_s": BATCH / cost["wall_s"], "load": cost["load"]}
+    return result if processes else result | {"processor_ms_per_sample": 1e3 * cost["processor_s"] / BATCH}
+
+
+def memory(root: Path, records: int) -> dict:
+    """Resident MB of a reader over many small records, at every tenth of the way."""
+    source = ProceduralSource(64, test_objects=0, size=16, view_ids=VIEWS[::4])
+    train = open_split(build(DataConfig(source, occupancy_grid=16), root / "small"), "train")
+    sizes = dict(input_size=(28, 28), render_size=(16, 16))
+    batches = iter(training_dataset(train, batch=50, views=DRAWN, inputs=INPUTS, seed=0, **sizes))
+    resident, page = [], os.sysconf("SC_PAGE_SIZE")
+    for _ in range(10):
+        collections.deque(itertools.islice(batches, records // 500), maxlen=0)
+        gc.collect()
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * page / 1e6)
+    return {"records": records, "resident_MB": resident}
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"objects": 40, "views": 16, "size": 128, "inputs": 4, "drawn": 8}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+    parts = ("rendering", "building", "reading", "memory")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--size", type=int, default=448, help="of stored views that are read")
+    parser.add_argument("--build-size", type=int, default=512, help="of views in the building part")
+    parser.add_argument("--render-size", type=int, default=128, help="of rendered views")
+    parser.add_argument("--objects", type=int, default=8)
+    parser.add_argument("--records", type=int, default=100_000)
+    parser.add_argument("--out", type=Path, help="also written there")
     arguments = parser.parse_args()
-    view_ids = tuple(np.linspace(0, 23, arguments.views).round().astype(int).tolist())
-    source = ProceduralSource(arguments.objects, test_objects=0, size=arguments.size, view_ids=view_ids)
-    config = DataConfig(source)
-    result = {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        **vars(arguments),
-        "rendering": rendering(source),
-        **{
-            encoding: building_and_reading(dataclasses.replace(config, image_encoding=encoding), arguments)
-            for encoding in ("raw", "png")
-        },
-    }
-    print(json.dumps(result))
+    result = measuring.environment(os.cpu_count(), "grain", "array-record", "tensorflow-datasets", "pillow")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        calls = {
+            "rendering": lambda: rendering(arguments.render_size, arguments.objects),
+            "building": lambda: building(root, arguments.build_size, arguments.objects),
+            "reading": lambda: reading(root, arguments.size, arguments.objects),
+            "memory": lambda: memory(root, arguments.records),
+        }
+        result |= {name: calls[name]() for name in arguments.parts}
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":
