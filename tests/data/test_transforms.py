@@ -5,9 +5,13 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import label
 
-from geolrm_jax.data.transforms import read_views
-from geolrm_jax.geometry.cameras import orbit
+from geolrm_jax.data.builders.check import check
+from geolrm_jax.data.builders.records import DataConfig, build
+from geolrm_jax.data.reader import open_split
+from geolrm_jax.data.transforms import TransformsSource, read_views
+from geolrm_jax.geometry.cameras import gobjaverse_rig, orbit, rays
 
 
 @pytest.fixture
@@ -66,6 +70,12 @@ def with_frame(values, **changes):
         (lambda v: without(v, "camera_angle_x"), "frame 0: `camera_angle_x` or `fl_x`"),
         (lambda v: with_frame(v, file_path="none"), "no file .*none.png: expected an image"),
         (lambda v: with_frame(v, file_path=3), "frame 1: `file_path` expected"),
+        (lambda v: with_frame(v, file_path="/etc/hostname.png"), "frame 1: `file_path` '/etc/.*leads out"),
+        (lambda v: with_frame(v, file_path="a/../../r_0"), "frame 1: `file_path` .*leads out"),
+        (lambda v: {**v, "frames": {"a": 1}}, "`frames` must be a list"),
+        (lambda v: {**v, "frames": [3]}, "`frames` must be a list of JSON objects"),
+        (lambda v: {**v, "w": 0}, "`w` and `h` must be positive"),
+        (lambda v: {**v, "camera_angle_x": 10**400}, "frame 0: `camera_angle_x`"),
         (lambda v: with_frame(v, transform_matrix=[[1.0, 2.0]]), "frame 1: `transform_matrix`"),
         (lambda v: with_frame(v, transform_matrix=np.diag([2.0, 1, 1, 1]).tolist()), "frame 1: .* no rotation"),
     ],
@@ -82,3 +92,54 @@ def test_missing_file_and_view_are_named(folder, tmp_path):
         read_views(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"has 3 frames: no views \[5\]"):
         read_views(folder[0], [5])
+
+
+def test_lengths_are_scaled_to_cube_sides(folder):
+    path, cameras = folder
+    scaled = read_views(path, scale=0.5).cameras.world_from_camera
+    np.testing.assert_allclose(scaled[:, :3, 3], 0.5 * cameras.world_from_camera[:, :3, 3], atol=1e-6)
+    np.testing.assert_allclose(scaled[:, :3, :3], cameras.world_from_camera[:, :3, :3], atol=1e-6)
+
+
+RADIUS = 0.3
+
+
+def write_balls(root):
+    """A ball seen from 40 sides, in lengths twice ours, four times: one without alpha, one with a picture outside."""
+    rig = gobjaverse_rig(size=64)
+    origins, directions = (np.asarray(x, np.float64) for x in rays(rig))
+    nearest = np.linalg.norm(np.cross(origins[:, None, None], directions), axis=-1)
+    frames = []
+    for view, pose in enumerate(rig.world_from_camera.astype(float)):
+        pose[:, 1:3] *= -1
+        pose[:3, 3] *= 2.0
+        frames.append({"file_path": f"./r_{view}", "transform_matrix": pose.tolist()})
+    for name in ("ball", "other", "opaque", "outside"):
+        (root / name).mkdir(parents=True)
+        for view, mask in enumerate(nearest < RADIUS):
+            image = np.full((64, 64, 4), 255, np.uint8)
+            image[..., 3] = 255 * (mask | (name == "opaque"))
+            Image.fromarray(image).save(root / name / f"r_{view}.png")
+        file_path = "../ball/r_1" if name == "outside" else "./r_1"
+        changed = [*frames[:1], {**frames[1], "file_path": file_path}, *frames[2:]]
+        write(root / name, {"camera_angle_x": np.radians(39.6), "frames": changed})
+
+
+def test_a_set_of_silhouettes_has_the_visual_hull(tmp_path):
+    """The hull of a ball seen from all sides is the ball, to the width of a pixel and of a voxel."""
+    write_balls(tmp_path / "balls")
+    source = TransformsSource(str(tmp_path / "balls"), test=("other",), scale=0.5)
+    assert (source.ids("train"), source.ids("test")) == (["ball", "opaque", "outside"], ["other"])
+    directory = build(DataConfig(source, occupancy_grid=48), tmp_path / "set", processes=1, max_rejected=0.5)
+    listed = {e["id"]: e["reason"] for e in map(json.loads, (directory / "rejected.jsonl").read_text().splitlines())}
+    assert {*listed} == {"opaque", "outside"}
+    assert "no alpha" in listed["opaque"] and "leads out of the folder" in listed["outside"]
+    record = open_split(directory, "train")[0]
+    assert (record.id, record.occupancy_from, len(record.view_ids)) == ("ball", "silhouettes", 40)
+    voxel, pixel = 1.0 / 47, 1.9 * 2 * np.tan(np.radians(19.8)) / 64
+    distance = np.linalg.norm(np.argwhere(record.occupancy) * voxel - 0.5, axis=-1)
+    assert distance.min() > RADIUS - 2 * voxel - pixel and distance.max() < RADIUS + pixel + 0.02
+    # The shell is closed: from the centre, no way through faces leads out.
+    regions, _ = label(~record.occupancy)
+    assert regions[24, 24, 24] > 0 and regions[24, 24, 24] != regions[0, 0, 0]
+    assert check(directory, processes=1).findings == []
