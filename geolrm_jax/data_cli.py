@@ -159,7 +159,7 @@ def check(arguments: Arguments, program: str) -> None:
     parser.add_argument("--processes", type=int, metavar="N", help="that work at a time (one for each core)")
     known = parser.parse_args(arguments)
 
-    from geolrm_jax.data.builders.check import check as check_set
+    from geolrm_jax.data.checking import check as check_set
 
     with shown_progress() as advance:
         report = check_set(
