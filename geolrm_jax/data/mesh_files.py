@@ -20,7 +20,8 @@ UpAxis = Literal["file", "y", "z"]
 SUFFIXES = (".glb", ".gltf", ".obj", ".ply")
 _GLTF = (".glb", ".gltf")
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tga", ".tif", ".tiff", ".webp")
-_TRIANGLE_MODES = (4, 5)  # glTF's TRIANGLES, TRIANGLE_STRIP
+_TRIANGLES = (4, 5)  # glTF's modes TRIANGLES, TRIANGLE_STRIP
+_EXTENSIONS = ("EXT_texture_webp", "KHR_draco_mesh_compression", "KHR_lights_punctual")
 _Z_UP_FROM_Y_UP = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
 _GREY = 0.8
 
@@ -143,7 +144,7 @@ def _read_parts(path: Path) -> Iterator[MeshPart]:
     if resolver.faults:
         raise ValueError(f"{path} names a file that cannot be used: {', '.join(sorted({*resolver.faults}))}")
     if path.suffix.lower() in _GLTF:
-        _check_textures(path, scene)
+        _check_gltf(path, scene)
     yield from parts
 
 
@@ -259,23 +260,30 @@ def _opacity(image: Image.Image, material: PBRMaterial) -> Float32[np.ndarray, "
     return None if (alpha == 1.0).all() else alpha.astype(np.float32)
 
 
-def _check_textures(path: Path, scene: trimesh.Scene) -> None:
-    """Raises a ValueError where fewer parts have a base colour texture than the file says: trimesh leaves one that it
-    cannot read out without a word."""
+def _check_gltf(path: Path, scene: trimesh.Scene) -> None:
+    """Raises a ValueError for what trimesh leaves out without a word: extensions that it does not know and the file
+    cannot do without, textures that it cannot read, and those that lie otherwise than by the first coordinates."""
     header = _gltf_header(path)
-    materials = header.get("materials", [])
-    expected = sum(
-        "baseColorTexture" in materials[primitive["material"]].get("pbrMetallicRoughness", {})
-        for mesh in header.get("meshes", [])
-        for primitive in mesh["primitives"]
-        if "material" in primitive and primitive.get("mode", 4) in _TRIANGLE_MODES
-    )
+    unknown = [
+        name
+        for name in header.get("extensionsRequired", [])
+        if name not in _EXTENSIONS and not name.startswith("KHR_materials_")
+    ]
+    if unknown:
+        raise ValueError(f"{path} needs glTF extensions that are not read: {', '.join(unknown)}")
+    primitives = [p for mesh in header.get("meshes", []) for p in mesh["primitives"] if p.get("mode", 4) in _TRIANGLES]
+    materials = [header["materials"][p["material"]] for p in primitives if "material" in p]
+    textures = [m.get("pbrMetallicRoughness", {}).get("baseColorTexture") for m in materials]
+    textures = [texture for texture in textures if texture is not None]
+    if any(t.get("texCoord", 0) != 0 or "KHR_texture_transform" in t.get("extensions", {}) for t in textures):
+        raise ValueError(f"{path} has a base colour texture with second coordinates or a transform: not read")
     loaded = sum(
         getattr(getattr(mesh.visual, "material", None), "baseColorTexture", None) is not None
         for mesh in scene.geometry.values()
+        if isinstance(mesh, trimesh.Trimesh)
     )
-    if loaded < expected:
-        raise ValueError(f"{path}: only {loaded} of {expected} base colour textures could be read")
+    if loaded < len(textures):
+        raise ValueError(f"{path}: only {loaded} of {len(textures)} base colour textures could be read")
 
 
 def _gltf_header(path: Path) -> dict:

@@ -294,6 +294,28 @@ def damaged_texture_in_glb(folder):
     (folder / "m.glb").write_bytes(data.replace(b"\x89PNG", b"\x89PMG"))
 
 
+def unknown_extension(folder):
+    write_gltf(folder, lambda header: header.update(extensionsRequired=["EXT_meshopt_compression"]))
+
+
+def moved_texture(folder):
+    transform = {"extensions": {"KHR_texture_transform": {"scale": [2.0, 2.0]}}}
+    write_gltf(
+        folder, lambda header: header["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"].update(transform)
+    )
+
+
+def write_gltf(folder, edit):
+    """The textured square as .gltf and its buffers, after an edit of its JSON part."""
+    files = trimesh.exchange.gltf.export_gltf(trimesh.Scene(textured_quad()))
+    for name, data in files.items():
+        if name.endswith(".gltf"):
+            header = json.loads(data)
+            edit(header)
+            data = json.dumps(header).encode()
+        (folder / name).write_bytes(data)
+
+
 def cloud(folder):
     trimesh.PointCloud(np.random.default_rng(0).normal(size=(9, 3))).export(folder / "m.ply")
 
@@ -305,6 +327,8 @@ DAMAGES = {
     "a lost texture": (lost_texture, "'texture.png' is not there"),
     "a damaged texture": (damaged_texture, "'texture.png' is no readable image"),
     "a damaged texture inside": (damaged_texture_in_glb, "only 0 of 1 base colour textures"),
+    "an extension that is not read": (unknown_extension, "needs glTF extensions.*EXT_meshopt_compression"),
+    "a texture that is moved": (moved_texture, "coordinates or a transform"),
     "no mtl": (lambda f: write_obj(f, f).with_suffix(".mtl").unlink(), "'model.mtl' is not there"),
     "points only": (cloud, "holds no triangle"),
     "an empty file": (lambda f: (f / "m.obj").touch(), "no readable mesh|holds no triangle"),
@@ -313,11 +337,17 @@ DAMAGES = {
 }
 
 
+def test_a_gltf_file_with_its_buffers_beside_it_is_read(tmp_path):
+    write_gltf(tmp_path, lambda header: None)
+    (part,) = read_mesh(tmp_path / "model.gltf")
+    assert len(part.faces) == 2 and part.material.texture.shape == (16, 16, 3)
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_mesh_is_named_with_its_reason(tmp_path, name):
     damage, reason = DAMAGES[name]
     damage(tmp_path)
-    (path,) = (p for p in tmp_path.iterdir() if p.suffix in (".glb", ".obj", ".ply"))
+    (path,) = (p for p in tmp_path.iterdir() if p.suffix in (".glb", ".gltf", ".obj", ".ply"))
     with pytest.raises(ValueError, match=reason) as caught:
         read_mesh(path)
     assert str(path) in str(caught.value)
