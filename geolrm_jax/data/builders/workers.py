@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-_news: Any = None  # of a worker process: the queue to the one that started it
+_news: Any = None  # of a worker process: the queue to the one that started it, and whether that one gave up
+_stop: Any = None
+
+
+class _GivenUp(Exception):
+    """Ends a task whose result nobody waits for any more."""
 
 
 def cores() -> int:
@@ -35,6 +40,8 @@ def run_tasks(
       threads: run them in threads of this process: for functions that use the accelerator.
       done: called in this process's main thread with each value.
 
+    A task that fails, or a caller that closes the iterator, ends the others at their next `done`.
+
     Raises:
       OSError: if a worker process died.
     """
@@ -44,11 +51,12 @@ def run_tasks(
         return
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork does not survive
     news = queue.SimpleQueue() if threads else context.Queue()
+    stop = threading.Event() if threads else context.Event()
     if threads:
         pool = concurrent.futures.ThreadPoolExecutor(workers)
-        call = functools.partial(_call_in_thread, function, news)
+        call = functools.partial(_call, function, news, stop)
     else:
-        pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (news,))
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (news, stop))
         call = functools.partial(_call_in_process, function)
     try:
         pending = {pool.submit(call, task) for task in tasks}
@@ -63,6 +71,7 @@ def run_tasks(
             "finished shards, with fewer --processes if memory was short"
         ) from error
     finally:
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -74,18 +83,23 @@ def _tell(news: Any, done: Callable[[Any], None]) -> None:
             return
 
 
-def _call_in_thread(function: Callable[..., Any], news: Any, task: tuple) -> Any:
-    return function(*task, news.put)
+def _call(function: Callable[..., Any], news: Any, stop: Any, task: tuple) -> Any:
+    def done(value: Any) -> None:
+        if stop.is_set():
+            raise _GivenUp
+        news.put(value)
+
+    return function(*task, done)
 
 
 def _call_in_process(function: Callable[..., Any], task: tuple) -> Any:
-    return function(*task, _news.put)
+    return _call(function, _news, _stop, task)
 
 
-def _begin(news: Any) -> None:
+def _begin(news: Any, stop: Any) -> None:
     """Start of a worker process: it must not go on writing when the one that started it was killed."""
-    global _news
-    _news = news
+    global _news, _stop
+    _news, _stop = news, stop
 
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()
