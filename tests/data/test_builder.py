@@ -158,6 +158,7 @@ def test_what_is_no_set_is_named(tmp_path, tiny_set):
     empty = DataConfig(source=ProceduralSource(train_objects=0, test_objects=0))
     with pytest.raises(ValueError, match="an empty data set"):
         build(empty, tmp_path / "empty")
+    assert not [path for path in tmp_path.iterdir() if "empty" in path.name]
     with pytest.raises(ValueError, match="expected max_rejected"):
         build(empty, tmp_path / "empty", max_rejected=2.0)
 

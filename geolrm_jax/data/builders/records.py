@@ -100,11 +100,18 @@ def _check_complete(config: DataConfig, directory: Path) -> None:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Waits until no other process builds in `folder`, which is made; the lock ends with the process that holds it."""
+    """Waits until no other process builds in `folder`, which is made; the lock ends with the process that holds it.
+
+    A folder in which nothing was begun is removed again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            if folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK_FILE]:
+                shutil.rmtree(folder)
 
 
 def _plan(
