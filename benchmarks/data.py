@@ -1,9 +1,9 @@
 """Data: procedural rendering, building a set, reading it for training, memory of a reader.
 
-    python benchmarks/data.py [--parts rendering building reading memory] [--size 448] [--objects 8] [--out FILE]
+    python benchmarks/data.py [--parts rendering building reading memory] [--size 448] [--out FILE]
 
 Objects are procedural, rendered and written in the GObjaverse layout, then built and read as a user's would be, from
-a folder that is removed again; what was just written is still in memory, so disks are not measured. Prints JSON.
+a folder that is removed again (--folder keeps it for another time). Files are in memory: disks are not measured.
 Other load counts against wall time: `load` and the processor seconds of each part stand beside it.
 """
 
@@ -82,7 +82,9 @@ def rendering(size: int, objects: int) -> dict[str, float]:
 
 
 def write_objects(folder: Path, size: int, count: int) -> Path:
-    """`count` objects in the GObjaverse layout, all 40 views each."""
+    """`count` objects in the GObjaverse layout, all 40 views each; those of an earlier call are used again."""
+    if folder.exists():
+        return folder
     source = ProceduralSource(DISTINCT, test_objects=0, size=size, view_ids=tuple(range(40)))
     for number, id in enumerate(source.ids("train")):
         views = source.read("train", id)
@@ -108,8 +110,8 @@ def building(root: Path, size: int, objects: int) -> dict:
     result = {"size": size, "source_MB_per_object": source_bytes / objects / 1e6}
     for encoding, processes in itertools.product(("raw", "png"), (1, os.cpu_count())):
         config = DataConfig(FolderSource(str(folder)), occupancy_grid=128, image_encoding=encoding)
-        out = root / f"built_{size}_{encoding}_{processes}"
-        cost = cost_of(lambda: build(config, out, processes=processes))  # noqa: B023
+        with tempfile.TemporaryDirectory(dir=root) as out:
+            cost = cost_of(lambda: build(config, Path(out) / "set", processes=processes))  # noqa: B023
         cost["wall_s"], cost["processor_s"] = cost["wall_s"] / objects, cost["processor_s"] / objects
         result[f"{encoding}, {processes} processes, per object"] = cost
     return result
@@ -195,16 +197,20 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=448, help="of stored views that are read")
     parser.add_argument("--build-size", type=int, default=512, help="of views in the building part")
     parser.add_argument("--render-size", type=int, default=128, help="of rendered views")
-    parser.add_argument("--objects", type=int, default=8)
+    # Grain's shuffle takes milliseconds for the next of a few numbers, and microseconds for that of thousands.
+    parser.add_argument("--objects", type=int, default=32, help="that are read")
+    parser.add_argument("--built", type=int, default=8, help="objects of the building part")
+    parser.add_argument("--rendered", type=int, default=8, help="objects of the rendering part")
     parser.add_argument("--records", type=int, default=100_000)
+    parser.add_argument("--folder", type=Path, help="an empty folder for the sets, or that of another time")
     parser.add_argument("--out", type=Path, help="also written there")
     arguments = parser.parse_args()
     result = measuring.environment(os.cpu_count(), "grain", "array-record", "tensorflow-datasets", "pillow")
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = arguments.folder or Path(temporary)
         calls = {
-            "rendering": lambda: rendering(arguments.render_size, arguments.objects),
-            "building": lambda: building(root, arguments.build_size, arguments.objects),
+            "rendering": lambda: rendering(arguments.render_size, arguments.rendered),
+            "building": lambda: building(root, arguments.build_size, arguments.built),
             "reading": lambda: reading(root, arguments.size, arguments.objects),
             "memory": lambda: memory(root, arguments.records),
         }
