@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,17 @@ if __name__ == "__main__":
     source = FolderSource(sys.argv[1], train={train!r}, test=("plate",), train_views={views!r}, test_views={views!r})
     build(DataConfig(source, occupancy_grid=32), sys.argv[2], processes=2)
 """
+
+
+def test_a_build_killed_before_its_last_step_needs_no_more_than_that(tiny_set, tiny_config, tmp_path, monkeypatch):
+    shutil.copytree(tiny_set, tmp_path / "set.unfinished")
+    (tmp_path / "set.unfinished" / "shards").mkdir()
+    (tmp_path / "set.unfinished" / "plan.json").write_text("{}")
+    monkeypatch.setattr(records, "run_tasks", lambda *_, **__: pytest.fail("built again"))
+    with pytest.raises(ValueError, match="occupancy_grid is 16 there, 8 here"):
+        build(dataclasses.replace(tiny_config, occupancy_grid=8), tmp_path / "set")
+    build(tiny_config, tmp_path / "set")
+    assert contents(tmp_path / "set")[0] == contents(tiny_set)[0] and not (tmp_path / "set.unfinished").exists()
 
 
 @pytest.mark.slow

@@ -77,14 +77,20 @@ def build(
             _check_complete(config, directory)
             shutil.rmtree(unfinished)
             return directory
-        plan = _plan(config, content, unfinished, objects_per_shard)
-        shards = [
-            shard
-            for split, ids in plan["splits"].items()
-            for shard in split_into_shards(split, ids, plan["objects_per_shard"][split])
-        ]
-        markers = _write_shards(config, unfinished, shards, advance, processes or cores(), max_rejected)
-        _finish(unfinished, plan, markers)
+        if (unfinished / CONFIG_FILE).is_file():  # killed when all was written
+            check_same(read_config(unfinished), content, unfinished)
+        else:
+            plan = _plan(config, content, unfinished, objects_per_shard)
+            shards = [
+                shard
+                for split, ids in plan["splits"].items()
+                for shard in split_into_shards(split, ids, plan["objects_per_shard"][split])
+            ]
+            markers = _write_shards(config, unfinished, shards, advance, processes or cores(), max_rejected)
+            _finish(unfinished, plan, markers)
+        shutil.rmtree(unfinished / MARKERS, ignore_errors=True)
+        for name in (PLAN_FILE, LOCK_FILE):
+            (unfinished / name).unlink(missing_ok=True)
         unfinished.rename(directory)
     return directory
 
@@ -102,7 +108,7 @@ def _check_complete(config: DataConfig, directory: Path) -> None:
 def _alone_in(folder: Path) -> Iterator[None]:
     """Waits until no other process builds in `folder`, which is made; the lock ends with the process that holds it.
 
-    A folder in which nothing was begun is removed again.
+    A folder that holds no sound object in the end is removed again: there is nothing to go on from.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("w") as lock:
@@ -110,7 +116,9 @@ def _alone_in(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK_FILE]:
+            markers = (json.loads(path.read_text()) for path in folder.glob(f"{MARKERS}/*.json"))
+            whole = (folder / CONFIG_FILE).is_file()
+            if folder.is_dir() and not whole and not any(marker["objects"] for marker in markers):
                 shutil.rmtree(folder)
 
 
@@ -190,17 +198,20 @@ def _write_shards(
 
 
 def _check_rejected(markers: list[dict[str, Any]], objects: int, max_rejected: float, unfinished: Path) -> None:
-    """Raises a ValueError with the list once more objects were rejected than may be."""
+    """Raises a ValueError that names some, and the list, once more objects were rejected than may be."""
     rejected = [entry for marker in markers for entry in marker["rejected"]]
     if len(rejected) <= max_rejected * objects:
         return
-    _write_lines(unfinished / REJECTED_FILE, rejected)
     some = "; ".join(f"{entry['split']} {entry['reason']}" for entry in rejected[:5])
-    raise ValueError(
-        f"{len(rejected)} of {objects} objects were rejected, more than {max_rejected:.0%} (max_rejected): {some}"
-        f"{'; …' if len(rejected) > 5 else ''}; all of them in {unfinished / REJECTED_FILE}. Finished shards stay: "
-        f"a higher share goes on from them, and once the source is mended, deleting {unfinished} begins anew"
-    )
+    text = f"{len(rejected)} of {objects} objects were rejected, more than {max_rejected:.0%} (max_rejected): {some}"
+    text += "; …" if len(rejected) > 5 else ""
+    if any(marker["objects"] for marker in markers):
+        _write_lines(unfinished / REJECTED_FILE, rejected)
+        text += (
+            f"; all of them in {unfinished / REJECTED_FILE}. Finished shards stay: a higher share goes on from them, "
+            f"and once the source is mended, deleting {unfinished} begins anew"
+        )
+    raise ValueError(text)
 
 
 def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
@@ -209,7 +220,7 @@ def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def _finish(unfinished: Path, plan: dict[str, Any], markers: list[dict[str, Any]]) -> None:
-    """Writes everything beside the shards, and removes what only the building needed."""
+    """Writes everything beside the shards."""
     by_split = {split: [marker for marker in markers if marker["split"] == split] for split in plan["splits"]}
     empty = [split for split, parts in by_split.items() if not sum(part["objects"] for part in parts)]
     if empty:
@@ -226,7 +237,5 @@ def _finish(unfinished: Path, plan: dict[str, Any], markers: list[dict[str, Any]
         "shards": [{**marker, "rejected": len(marker["rejected"])} for marker in markers],
     }
     (unfinished / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
-    (unfinished / CONFIG_FILE).write_text(json.dumps(plan["config"], indent=2) + "\n")
-    shutil.rmtree(unfinished / MARKERS)
-    for name in (PLAN_FILE, LOCK_FILE):
-        (unfinished / name).unlink()
+    with written_whole(unfinished / CONFIG_FILE) as path:  # the last: it says that the set is whole
+        path.write_text(json.dumps(plan["config"], indent=2) + "\n")
