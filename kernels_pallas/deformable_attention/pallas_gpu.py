@@ -1,0 +1,349 @@
+"""Deformable attention on NVIDIA GPUs, in Pallas for Triton.
+
+A program samples one head of one view for a block of queries. The queries of a view are visited along a Morton curve,
+so that a program's samples fall into a small window of the maps and are found in the processor's first cache: with
+queries in any order every corner of every sample would come from the second.
+
+The backward pass works view by view: it adds to the gradients of offsets and weights where they lie, in the order of
+the views, and holds what belongs to one view only. The features' gradient is not added up atomically (Pallas has
+atomics of the strictest memory order only, a fence before each and an empty cache after it): samples are sorted by the
+cell they fall into, and a program sums those around its cells, as a matrix product of hat weights and rows of d_out.
+All sums are in a fixed order: the same input gives the same bits.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Bool, Float, Int
+
+QUERIES, WARPS = 32, 2  # of one program that gathers
+ROWS, COLUMNS, SAMPLES = 2, 8, 32  # cells of one program that sums over samples, and samples at a time
+MORTON_BITS = 8  # of each coordinate
+FAR = 1e6  # in cells: beyond it nothing is computed with a coordinate
+
+
+def forward(
+    features: tuple[Float[Array, "b v _h_l _w_l k c"], ...],
+    reference_points: Float[Array, "b v n 2"],
+    offsets: Float[Array, "b n k l p 2"],
+    weights: Float[Array, "b n k l p"],
+    view_valid: Bool[Array, "b v n"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "b v n k c"]:
+    """Arguments and result as in reference.py."""
+    batch, views, count = view_valid.shape
+    heads, channels = features[0].shape[-2:]
+    order = _order(reference_points, view_valid)
+    points = reference_points.reshape(batch * views, count, 2)
+    out = pl.pallas_call(
+        functools.partial(_forward, views=views, sizes=_sizes(features)),
+        name="deformable_forward",
+        grid=(pl.cdiv(count, QUERIES), heads, batch * views),
+        in_specs=[_whole()] * (5 + len(features)),
+        out_specs=_whole(),
+        out_shape=_output((batch * views, count, heads, channels), features[0].dtype, points),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
+        interpret=interpret,
+    )(*order, points, offsets, weights, *_flat(features))
+    return out.reshape(batch, views, count, heads, channels)
+
+
+def backward(
+    features: tuple[Float[Array, "b v _h_l _w_l k c"], ...],
+    reference_points: Float[Array, "b v n 2"],
+    offsets: Float[Array, "b n k l p 2"],
+    weights: Float[Array, "b n k l p"],
+    view_valid: Bool[Array, "b v n"],
+    d_out: Float[Array, "b v n k c"],
+    *,
+    deterministic: bool,
+    interpret: bool = False,
+) -> tuple[tuple[Array, ...], Array, Array, Array]:
+    """Arguments and result as in reference.py; deterministic in any case."""
+    del deterministic
+    batch, views, count = view_valid.shape
+    heads = weights.shape[2]
+    sizes, maps = _sizes(features), _flat(features)
+    order = _order(reference_points, view_valid)
+    points = reference_points.reshape(batch * views, count, 2)
+    d_out = d_out.reshape(batch * views, count, heads, -1)
+    gather = pl.pallas_call(
+        functools.partial(_backward, views=views, sizes=sizes),
+        name="deformable_backward",
+        grid=(pl.cdiv(count, QUERIES), heads, batch),
+        in_specs=[_whole()] * (9 + len(maps)),
+        out_specs=[_whole()] * 3,
+        out_shape=[
+            _output(offsets.shape, offsets.dtype, points),
+            _output(weights.shape, weights.dtype, points),
+            _output((batch, count, heads, 2), points.dtype, points),
+        ],
+        input_output_aliases={7 + len(maps): 0, 8 + len(maps): 1},
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
+        interpret=interpret,
+    )
+
+    def one_view(sums, arrays):
+        d_maps, d_offsets, d_weights = sums
+        view, reference_points, valid = arrays
+        view = view.reshape(1)
+        d_offsets, d_weights, by_head = gather(
+            view, *order, points, offsets, weights, *maps, d_out, d_offsets, d_weights
+        )
+        d_maps = tuple(
+            _sum_by_cell(view, level, size, reference_points, offsets, weights, valid, d_out, d_level, interpret)
+            for level, (size, d_level) in enumerate(zip(sizes, d_maps, strict=True))
+        )
+        return (d_maps, d_offsets, d_weights), by_head.sum(axis=2)
+
+    zeros = jax.tree.map(jnp.zeros_like, (maps, offsets, weights))
+    by_view = jnp.arange(views, dtype=jnp.int32), reference_points.swapaxes(0, 1), view_valid.swapaxes(0, 1)
+    (d_maps, d_offsets, d_weights), d_points = lax.scan(one_view, zeros, by_view)
+    d_features = tuple(d.reshape(m.shape) for d, m in zip(d_maps, features, strict=True))
+    return d_features, d_points.swapaxes(0, 1), d_offsets, d_weights
+
+
+def _order(points: Float[Array, "b v n 2"], valid: Bool[Array, "b v n"]) -> tuple[Int[Array, "bv n"], Int[Array, "bv"]]:
+    """Queries of each view along a Morton curve, those that count before the others, and how many count."""
+    batch, views, count = valid.shape
+    images, side = batch * views, 2**MORTON_BITS
+    if images >= 2 ** (31 - 2 * MORTON_BITS):
+        raise ValueError(f"scenes x views: expected fewer than {2 ** (31 - 2 * MORTON_BITS)}, got {images}")
+    cell = jnp.where(valid[..., None], points * side, 0).clip(0, side - 1).astype(jnp.uint32)
+    for shift, mask in ((4, 0x0F0F), (2, 0x3333), (1, 0x5555)):  # moves the bits apart
+        cell = (cell | cell << shift) & mask
+    code = jnp.where(valid, cell[..., 0] | cell[..., 1] << 1, side**2).reshape(images, count)
+    # One sort of one word: the image's number is in the upper bits.
+    key = (code | jnp.arange(images, dtype=jnp.uint32)[:, None] << (2 * MORTON_BITS + 1)).reshape(-1)
+    query = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (images, count)).reshape(-1)
+    _, query = lax.sort((key, query), num_keys=1)
+    return query.reshape(images, count), valid.reshape(images, count).sum(-1, dtype=jnp.int32)
+
+
+class Corners(NamedTuple):
+    """The four cells around the samples of a block of queries: top left, top right, bottom left, bottom right.
+
+    Attributes:
+      cell: place in the map, row by row.
+      inside: the cell is one of the map's.
+      right, bottom: how far the sample lies between the cells, in [0, 1).
+    """
+
+    cell: list[Int[Array, "q"]]
+    inside: list[Bool[Array, "q"]]
+    right: Float[Array, "q"]
+    bottom: Float[Array, "q"]
+
+    @property
+    def shares(self) -> list[Float[Array, "q"]]:
+        """Bilinear weights of the four."""
+        left, top = 1 - self.right, 1 - self.bottom
+        return [left * top, self.right * top, left * self.bottom, self.right * self.bottom]
+
+
+def _forward(order, seen, points, offsets, weights, *maps_and_out, views, sizes):
+    *maps, out = maps_and_out
+    head, image = pl.program_id(1), pl.program_id(2)
+    scene = lax.div(image, np.int32(views))
+    channels = out.shape[-1]
+    query, exists, there, limit = _queries(order, seen, image, weights.shape[-1])
+    columns, wide = _columns(channels)
+    total = jnp.zeros((QUERIES, columns.size), weights.dtype)
+    point = [_read(points, there, image, query, i) for i in (0, 1)]
+    for level, size in enumerate(sizes):
+
+        def add(p, total, level=level, size=size):
+            x, y = (_read(offsets, there, scene, query, head, level, p, i) for i in (0, 1))
+            weight = _read(weights, there, scene, query, head, level, p)
+            corners = _corners(point, (x, y), size, there)
+            for cell, inside, share in zip(corners.cell, corners.inside, corners.shares, strict=True):
+                rows = _rows(maps[level], image, cell, inside, head * channels + columns, wide)
+                total += rows.astype(total.dtype) * (weight * share)[:, None]
+            return total
+
+        total = lax.fori_loop(0, limit, add, total)
+    mask = exists[:, None] & wide
+    plgpu.store(out.at[image, query[:, None], head, columns[None]], total.astype(out.dtype), mask=mask)
+
+
+def _backward(view, order, seen, points, offsets, weights, *rest, views, sizes):
+    *maps, d_out, _, _, d_offsets, d_weights, d_points = rest
+    head, scene = pl.program_id(1), pl.program_id(2)
+    image = scene * views + view[0]
+    channels = d_out.shape[-1]
+    query, exists, there, limit = _queries(order, seen, image, weights.shape[-1])
+    columns, wide = _columns(channels)
+    mask = there[:, None] & wide
+    d_row = plgpu.load(d_out.at[image, query[:, None], head, columns[None]], mask=mask, other=0).astype(weights.dtype)
+    point = [_read(points, there, image, query, i) for i in (0, 1)]
+    d_x = d_y = jnp.zeros(QUERIES, weights.dtype)
+    for level, (height, width) in enumerate(sizes):
+
+        def add(p, d_point, level=level, size=(height, width)):
+            place = scene, query, head, level, p
+            x, y = (_read(offsets, there, *place, i) for i in (0, 1))
+            weight = _read(weights, there, *place)
+            corners = _corners(point, (x, y), size, there)
+            dots = [
+                jnp.sum(_rows(maps[level], image, cell, inside, head * channels + columns, wide) * d_row, axis=1)
+                for cell, inside in zip(corners.cell, corners.inside, strict=True)
+            ]
+            top_left, top_right, bottom_left, bottom_right = dots
+            right, bottom = corners.right, corners.bottom
+            d_x = weight * ((1 - bottom) * (top_right - top_left) + bottom * (bottom_right - bottom_left))
+            d_y = weight * ((1 - right) * (bottom_left - top_left) + right * (bottom_right - top_right))
+            d_weight = sum(share * dot for share, dot in zip(corners.shares, dots, strict=True))
+            for ref, end, value in ((d_offsets, (0,), d_x), (d_offsets, (1,), d_y), (d_weights, (), d_weight)):
+                so_far = _read(ref, there, *place, *end)
+                plgpu.store(ref.at[_index(*place, *end)], so_far + value, mask=there)
+            return d_point[0] + d_x, d_point[1] + d_y
+
+        zero = jnp.zeros(QUERIES, weights.dtype)
+        level_x, level_y = lax.fori_loop(0, limit, add, (zero, zero))
+        d_x, d_y = d_x + level_x * width, d_y + level_y * height
+    for i, value in enumerate((d_x, d_y)):
+        plgpu.store(d_points.at[_index(scene, query, head, i)], value, mask=exists)
+
+
+def _sum_by_cell(view, level, size, points, offsets, weights, valid, d_out, d_map, interpret):
+    """Writes the gradient of one level's map in one view, d_map[scene * V + view], for all scenes."""
+    batch, count, heads, _, samples = weights.shape
+    height, width = size
+    # The cell at the upper left of each sample, with a row above the map and a column before it.
+    bases = (height + 1) * (width + 1)
+    pixels = points[:, :, None, None] * jnp.array([width, height], points.dtype) - 0.5 + offsets[:, :, :, level]
+    pixels = jnp.where(valid[:, :, None, None, None] & (jnp.abs(pixels) < FAR), pixels, -2)
+    column, row = (jnp.floor(pixels[..., i]).astype(jnp.int32) + 1 for i in (0, 1))
+    inside = (column >= 0) & (column <= width) & (row >= 0) & (row <= height)
+    first = jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, 1, heads, 1) * bases
+    key = jnp.where(inside, first + row * (width + 1) + column, batch * heads * bases)
+    number = jnp.arange(count * samples, dtype=jnp.int32).reshape(1, count, 1, samples)
+    key, number = lax.sort((key.reshape(-1), jnp.broadcast_to(number, key.shape).reshape(-1)), num_keys=1)
+    start = jnp.searchsorted(key, jnp.arange(batch * heads * bases + 1, dtype=key.dtype), method="scan_unrolled")
+    return pl.pallas_call(
+        functools.partial(_sum_cells, level=level, size=size, views=d_map.shape[0] // batch),
+        name="deformable_sum_by_cell",
+        grid=(pl.cdiv(height, ROWS) * pl.cdiv(width, COLUMNS), heads, batch),
+        in_specs=[_whole()] * 8,
+        out_specs=_whole(),
+        out_shape=_output(d_map.shape, d_map.dtype, d_map),
+        input_output_aliases={7: 0},
+        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+    )(view, number, start.astype(jnp.int32), points, offsets, weights, d_out, d_map)
+
+
+def _sum_cells(view, number, start, points, offsets, weights, d_out, _, d_map, *, level, size, views):
+    """Sum over samples of weight times (1 - |x - column|)+ (1 - |y - row|)+ times the query's row of d_out."""
+    height, width = size
+    head, scene = pl.program_id(1), pl.program_id(2)
+    heads, channels, samples = d_out.shape[2], d_out.shape[3], weights.shape[-1]
+    image = scene * views + view[0]
+    tile_row, tile_column = _divide(pl.program_id(0), pl.cdiv(width, COLUMNS))
+    top, left = tile_row * ROWS, tile_column * COLUMNS
+    row, column = _divide(lax.iota(jnp.int32, ROWS * COLUMNS), COLUMNS)
+    row, column = top + row, left + column
+    columns, wide = _columns(channels)
+
+    def add(place, total, end):
+        there = place + lax.iota(jnp.int32, SAMPLES) < end
+        query, p = _divide(_read(number, there, place + lax.iota(jnp.int32, SAMPLES)), samples)
+        spot = scene, query, head, level, p
+        x, y = (
+            _read(points, there, scene, query, i) * n - 0.5 + _read(offsets, there, *spot, i)
+            for i, n in enumerate((width, height))
+        )
+        hats = (
+            jnp.maximum(0, 1 - jnp.abs(pixel[None] - cell[:, None].astype(pixel.dtype)))
+            for pixel, cell in ((x, column), (y, row))
+        )
+        shares = math.prod(hats) * _read(weights, there, *spot)[None]
+        rows = plgpu.load(d_out.at[image, query[:, None], head, columns[None]], mask=there[:, None] & wide, other=0)
+        return total + pl.dot(shares.astype(rows.dtype), rows, precision=lax.Precision.HIGHEST).astype(total.dtype)
+
+    total = jnp.zeros((ROWS * COLUMNS, columns.size), weights.dtype)
+    first = (scene * heads + head) * (height + 1)
+    for i in range(ROWS + 1):  # rows of upper left cells: the samples of a row's stretch are neighbours in the order
+        line = (first + jnp.minimum(top + i, height)) * (width + 1)
+        begin, end = start[line + left], start[line + jnp.minimum(left + COLUMNS, width) + 1]
+        end = jnp.where(top + i <= height, end, begin)
+        steps = lax.div(end - begin + SAMPLES - 1, np.int32(SAMPLES))
+        total = lax.fori_loop(0, steps, lambda s, t, b=begin, e=end: add(b + s * SAMPLES, t, e), total)
+    cell, mask = row * width + column, (row < height) & (column < width)
+    place = d_map.at[image, cell[:, None], head * channels + columns[None]]
+    plgpu.store(place, total.astype(d_map.dtype), mask=mask[:, None] & wide)
+
+
+def _queries(order, seen, image, samples):
+    """A program's queries, whether they exist and count, and the samples to visit: none if no query counts."""
+    begin = pl.program_id(0) * QUERIES
+    place = begin + lax.iota(jnp.int32, QUERIES)
+    exists, there = place < order.shape[1], place < seen[image]
+    limit = jnp.where(begin < seen[image], np.int32(samples), 0)
+    return plgpu.load(order.at[image, place], mask=exists, other=0), exists, there, limit
+
+
+def _corners(point, offset, size, there) -> Corners:
+    """The cells around point (as fractions of the map) plus offset (in cells)."""
+    x, y = (p * n - 0.5 + o for p, o, n in zip(point, offset, size[::-1], strict=True))
+    # What does not count, is far outside or not a number lies outside.
+    x, y = (jnp.where(there & (jnp.abs(u) < FAR), u, -2) for u in (x, y))
+    left, top = jnp.floor(x), jnp.floor(y)
+    column, row = left.astype(jnp.int32), top.astype(jnp.int32)
+    in_column, in_row = ([(i + j >= 0) & (i + j < n) for j in (0, 1)] for i, n in ((column, size[1]), (row, size[0])))
+    cell = row * size[1] + column
+    cells = [cell + i * size[1] + j for i in (0, 1) for j in (0, 1)]
+    return Corners(cells, [in_row[i] & in_column[j] for i in (0, 1) for j in (0, 1)], x - left, y - top)
+
+
+def _rows(maps, image, cell, inside, columns, wide):
+    """Rows of a map, one for each query; zero outside."""
+    return plgpu.load(maps.at[image, cell[:, None], columns[None]], mask=inside[:, None] & wide, other=0)
+
+
+def _columns(channels: int) -> tuple[Int[Array, "c"], Bool[Array, "1 c"]]:
+    """Channels of a head, padded to a power of two, and which exist."""
+    columns = lax.iota(jnp.int32, pl.next_power_of_2(channels))
+    return columns, (columns < channels)[None]
+
+
+def _read(ref, mask, *place):
+    """One number for each query; zero where `mask` is not set."""
+    return plgpu.load(ref.at[_index(*place)], mask=mask, other=0)
+
+
+def _index(*place):
+    return tuple(np.int32(i) if isinstance(i, int) else i for i in place)
+
+
+def _divide(n: Int[Array, "*shape"], by: int) -> tuple[Array, Array]:
+    """Quotient and remainder of what is not negative."""
+    by = lax.full_like(n, by)
+    return lax.div(n, by), lax.rem(n, by)
+
+
+def _sizes(features: tuple[Array, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(maps.shape[2:4] for maps in features)
+
+
+def _flat(features: tuple[Array, ...]) -> tuple[Float[Array, "bv hw kc"], ...]:
+    """Maps as rows of cells with the channels of all heads."""
+    return tuple(m.reshape(m.shape[0] * m.shape[1], m.shape[2] * m.shape[3], -1) for m in features)
+
+
+def _whole() -> pl.BlockSpec:
+    """An array that every program may index anywhere."""
+    return pl.BlockSpec(memory_space=pl.ANY)
+
+
+def _output(shape: tuple[int, ...], dtype, like: Array) -> jax.ShapeDtypeStruct:
+    """An output that, inside `shard_map`, varies over the devices as the inputs do."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
