@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from kernels_pallas.deformable_attention import reference
+from kernels_pallas.deformable_attention import pallas_gpu, reference
 
-Implementation = Literal["auto", "xla"]
+Implementation = Literal["auto", "xla", "pallas_gpu", "pallas_gpu_interpret"]
 OLDEST_GPU = 8.0  # compute capability from which Triton works
 
 
@@ -30,8 +30,13 @@ class Steps(NamedTuple):
 
 
 XLA = Steps(reference.forward, reference.backward)
-IMPLEMENTATIONS = {"xla": XLA}
-CUDA, TPU = XLA, XLA  # what "auto" takes in a program that is lowered for these platforms; elsewhere it takes XLA
+PALLAS_GPU = Steps(pallas_gpu.forward, pallas_gpu.backward)
+IMPLEMENTATIONS = {
+    "xla": XLA,
+    "pallas_gpu": PALLAS_GPU,
+    "pallas_gpu_interpret": Steps(*(functools.partial(step, interpret=True) for step in PALLAS_GPU)),
+}
+CUDA, TPU = PALLAS_GPU, XLA  # what "auto" takes in a program that is lowered for these platforms; elsewhere it takes XLA
 
 
 def deformable_attention(

@@ -23,7 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-QUERIES, WARPS = 32, 2  # of one program that gathers
+QUERIES, WARPS = 32, 1  # of one program that gathers
+CHANNELS = 16  # of a head that are loaded together, at most: a sector of 32 bytes, by two threads
 ROWS, COLUMNS, SAMPLES = 2, 8, 32  # cells of one program that sums over samples, and samples at a time
 MORTON_BITS = 8  # of each coordinate
 FAR = 1e6  # in cells: beyond it nothing is computed with a coordinate
@@ -44,7 +45,7 @@ def forward(
     order = _order(reference_points, view_valid)
     points = reference_points.reshape(batch * views, count, 2)
     out = pl.pallas_call(
-        functools.partial(_forward, views=views, sizes=_sizes(features)),
+        functools.partial(_forward, views=views, sizes=_sizes(features), interpret=interpret),
         name="deformable_forward",
         grid=(pl.cdiv(count, QUERIES), heads, batch * views),
         in_specs=[_whole()] * (5 + len(features)),
@@ -76,7 +77,7 @@ def backward(
     points = reference_points.reshape(batch * views, count, 2)
     d_out = d_out.reshape(batch * views, count, heads, -1)
     gather = pl.pallas_call(
-        functools.partial(_backward, views=views, sizes=sizes),
+        functools.partial(_backward, views=views, sizes=sizes, interpret=interpret),
         name="deformable_backward",
         grid=(pl.cdiv(count, QUERIES), heads, batch),
         in_specs=[_whole()] * (9 + len(maps)),
@@ -148,68 +149,76 @@ class Corners(NamedTuple):
         left, top = 1 - self.right, 1 - self.bottom
         return [left * top, self.right * top, left * self.bottom, self.right * self.bottom]
 
+    def slopes(self, values: list[Float[Array, "q"]]) -> tuple[Float[Array, "q"], Float[Array, "q"]]:
+        """Derivatives by x and y of the sum of shares times the cells' values."""
+        top_left, top_right, bottom_left, bottom_right = values
+        by_x = (1 - self.bottom) * (top_right - top_left) + self.bottom * (bottom_right - bottom_left)
+        by_y = (1 - self.right) * (bottom_left - top_left) + self.right * (bottom_right - top_right)
+        return by_x, by_y
 
-def _forward(order, seen, points, offsets, weights, *maps_and_out, views, sizes):
+
+def _forward(order, seen, points, offsets, weights, *maps_and_out, views, sizes, interpret):
     *maps, out = maps_and_out
     head, image = pl.program_id(1), pl.program_id(2)
     scene = lax.div(image, np.int32(views))
-    channels = out.shape[-1]
+    parts = _parts(out.shape[-1])
     query, exists, there, limit = _queries(order, seen, image, weights.shape[-1])
-    columns, wide = _columns(channels)
-    total = jnp.zeros((QUERIES, columns.size), weights.dtype)
     point = [_read(points, there, image, query, i) for i in (0, 1)]
+    totals = [jnp.zeros((QUERIES, part.size), weights.dtype) for part in parts]
     for level, size in enumerate(sizes):
 
-        def add(p, total, level=level, size=size):
-            x, y = (_read(offsets, there, scene, query, head, level, p, i) for i in (0, 1))
-            weight = _read(weights, there, scene, query, head, level, p)
-            corners = _corners(point, (x, y), size, there)
+        def add(p, totals, level=level, size=size):
+            place = scene, query, head, level, p
+            offset = [_read(offsets, there, *place, i) for i in (0, 1)]
+            weight = _read(weights, there, *place)
+            corners = _corners(point, offset, size, there)
             for cell, inside, share in zip(corners.cell, corners.inside, corners.shares, strict=True):
-                rows = _rows(maps[level], image, cell, inside, head * channels + columns, wide)
-                total += rows.astype(total.dtype) * (weight * share)[:, None]
-            return total
+                share = _by_query(weight * share, totals[0])
+                for i, part in enumerate(parts):
+                    rows = _rows(maps[level], inside, image, cell, head * out.shape[-1] + part)
+                    totals[i] = _multiply_add(rows, share, totals[i], interpret)
+            return totals
 
-        total = lax.fori_loop(0, limit, add, total)
-    mask = exists[:, None] & wide
-    plgpu.store(out.at[image, query[:, None], head, columns[None]], total.astype(out.dtype), mask=mask)
+        totals = lax.fori_loop(0, limit, add, totals)
+    for part, total in zip(parts, totals, strict=True):
+        place = out.at[image, query[:, None], head, part[None]]
+        plgpu.store(place, total.astype(out.dtype), mask=_by_query(exists, total))
 
 
-def _backward(view, order, seen, points, offsets, weights, *rest, views, sizes):
+def _backward(view, order, seen, points, offsets, weights, *rest, views, sizes, interpret):
     *maps, d_out, _, _, d_offsets, d_weights, d_points = rest
     head, scene = pl.program_id(1), pl.program_id(2)
     image = scene * views + view[0]
-    channels = d_out.shape[-1]
+    parts = _parts(d_out.shape[-1])
     query, exists, there, limit = _queries(order, seen, image, weights.shape[-1])
-    columns, wide = _columns(channels)
-    mask = there[:, None] & wide
-    d_row = plgpu.load(d_out.at[image, query[:, None], head, columns[None]], mask=mask, other=0).astype(weights.dtype)
     point = [_read(points, there, image, query, i) for i in (0, 1)]
-    d_x = d_y = jnp.zeros(QUERIES, weights.dtype)
-    for level, (height, width) in enumerate(sizes):
+    d_rows = [_rows(d_out, there, image, query, head, part).astype(weights.dtype) for part in parts]
+    zeros = jnp.zeros(QUERIES, weights.dtype)
+    d_point = zeros, zeros
+    for level, size in enumerate(sizes):
 
-        def add(p, d_point, level=level, size=(height, width)):
+        def add(p, d_pixel, level=level, size=size):
             place = scene, query, head, level, p
-            x, y = (_read(offsets, there, *place, i) for i in (0, 1))
+            offset = [_read(offsets, there, *place, i) for i in (0, 1)]
             weight = _read(weights, there, *place)
-            corners = _corners(point, (x, y), size, there)
-            dots = [
-                jnp.sum(_rows(maps[level], image, cell, inside, head * channels + columns, wide) * d_row, axis=1)
-                for cell, inside in zip(corners.cell, corners.inside, strict=True)
-            ]
-            top_left, top_right, bottom_left, bottom_right = dots
-            right, bottom = corners.right, corners.bottom
-            d_x = weight * ((1 - bottom) * (top_right - top_left) + bottom * (bottom_right - bottom_left))
-            d_y = weight * ((1 - right) * (bottom_left - top_left) + right * (bottom_right - top_right))
+            corners = _corners(point, offset, size, there)
+            dots = []  # of the cells' rows and d_out
+            for cell, inside in zip(corners.cell, corners.inside, strict=True):
+                products = jnp.zeros_like(d_rows[0])
+                for part, d_row in zip(parts, d_rows, strict=True):
+                    rows = _rows(maps[level], inside, image, cell, head * d_out.shape[-1] + part)
+                    products = _multiply_add(rows, d_row, products, interpret)
+                dots.append(jnp.sum(products, axis=1))
+            d_x, d_y = (weight * slope for slope in corners.slopes(dots))
             d_weight = sum(share * dot for share, dot in zip(corners.shares, dots, strict=True))
-            for ref, end, value in ((d_offsets, (0,), d_x), (d_offsets, (1,), d_y), (d_weights, (), d_weight)):
-                so_far = _read(ref, there, *place, *end)
-                plgpu.store(ref.at[_index(*place, *end)], so_far + value, mask=there)
-            return d_point[0] + d_x, d_point[1] + d_y
+            for sums, value, *which in ((d_offsets, d_x, 0), (d_offsets, d_y, 1), (d_weights, d_weight)):
+                total = _read(sums, there, *place, *which) + value
+                plgpu.store(sums.at[_index(*place, *which)], total, mask=there)
+            return d_pixel[0] + d_x, d_pixel[1] + d_y
 
-        zero = jnp.zeros(QUERIES, weights.dtype)
-        level_x, level_y = lax.fori_loop(0, limit, add, (zero, zero))
-        d_x, d_y = d_x + level_x * width, d_y + level_y * height
-    for i, value in enumerate((d_x, d_y)):
+        d_pixel = lax.fori_loop(0, limit, add, (zeros, zeros))
+        d_point = [total + d * n for total, d, n in zip(d_point, d_pixel, size[::-1], strict=True)]
+    for i, value in enumerate(d_point):
         plgpu.store(d_points.at[_index(scene, query, head, i)], value, mask=exists)
 
 
@@ -251,7 +260,9 @@ def _sum_cells(view, number, start, points, offsets, weights, d_out, _, d_map, *
     top, left = tile_row * ROWS, tile_column * COLUMNS
     row, column = _divide(lax.iota(jnp.int32, ROWS * COLUMNS), COLUMNS)
     row, column = top + row, left + column
-    columns, wide = _columns(channels)
+    # Matrix products want sides of powers of two, of at least 16.
+    columns = lax.iota(jnp.int32, max(16, pl.next_power_of_2(channels)))
+    wide = (columns < channels)[None]
 
     def add(place, total, end):
         there = place + lax.iota(jnp.int32, SAMPLES) < end
@@ -267,7 +278,8 @@ def _sum_cells(view, number, start, points, offsets, weights, d_out, _, d_map, *
         )
         shares = math.prod(hats) * _read(weights, there, *spot)[None]
         rows = plgpu.load(d_out.at[image, query[:, None], head, columns[None]], mask=there[:, None] & wide, other=0)
-        return total + pl.dot(shares.astype(rows.dtype), rows, precision=lax.Precision.HIGHEST).astype(total.dtype)
+        shares = shares.astype(rows.dtype)
+        return total + jnp.dot(shares, rows, precision="highest", preferred_element_type=total.dtype)
 
     total = jnp.zeros((ROWS * COLUMNS, columns.size), weights.dtype)
     first = (scene * heads + head) * (height + 1)
@@ -304,15 +316,43 @@ def _corners(point, offset, size, there) -> Corners:
     return Corners(cells, [in_row[i] & in_column[j] for i in (0, 1) for j in (0, 1)], x - left, y - top)
 
 
-def _rows(maps, image, cell, inside, columns, wide):
-    """Rows of a map, one for each query; zero outside."""
-    return plgpu.load(maps.at[image, cell[:, None], columns[None]], mask=inside[:, None] & wide, other=0)
+def _rows(ref, mask, image, row, *place):
+    """One row for each query, of the last of `place`; zero where `mask` is not set."""
+    *place, columns = place
+    mask = jnp.broadcast_to(mask[:, None], (row.size, columns.size))
+    return plgpu.load(ref.at[(image, row[:, None], *place, columns[None])], mask=mask, other=0)
 
 
-def _columns(channels: int) -> tuple[Int[Array, "c"], Bool[Array, "1 c"]]:
-    """Channels of a head, padded to a power of two, and which exist."""
-    columns = lax.iota(jnp.int32, pl.next_power_of_2(channels))
-    return columns, (columns < channels)[None]
+def _by_query(x: Array, rows: Array) -> Array:
+    """Numbers of queries, each along its row."""
+    return jnp.broadcast_to(x[:, None], rows.shape)
+
+
+def _multiply_add(rows: Array, scale: Array, total: Array, interpret: bool) -> Array:
+    """total + scale * rows as the PTX instruction that XLA's Triton does not make of a product and a sum."""
+    if interpret:
+        return total + scale * rows.astype(total.dtype)
+    if rows.dtype == jnp.bfloat16:  # two in a register
+        code = """{
+            .reg .b32 low, high;
+            shl.b32 low, $2, 16;
+            and.b32 high, $2, 0xffff0000;
+            fma.rn.f32 $0, low, $3, $5;
+            fma.rn.f32 $1, high, $4, $6;
+        }"""
+        constraints, pack = "=f,=f,r,f,f,f,f", 2
+    else:
+        rows = rows.astype(total.dtype)
+        code, constraints, pack = "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", 1
+    result = jax.ShapeDtypeStruct(total.shape, total.dtype)
+    arguments = dict(constraints=constraints, pack=pack, result_shape_dtypes=[result])
+    return plgpu.elementwise_inline_asm(code, args=[rows, scale, total], **arguments)[0]
+
+
+def _parts(channels: int) -> list[Int[Array, "c"]]:
+    """Channels of a head in equal blocks of a power of two."""
+    size = math.gcd(channels, CHANNELS)
+    return [first + lax.iota(jnp.int32, size) for first in range(0, channels, size)]
 
 
 def _read(ref, mask, *place):
