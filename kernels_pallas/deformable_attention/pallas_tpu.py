@@ -6,9 +6,9 @@ hat(x - column) times hat(y - row), hat(d) = max(0, 1 - |d|). A tile of 16 x 8 c
 unit two operations per point and register, because queries lie along the lanes: the hat of the columns is one register
 per point, that of a row a broadcast of one sublane.
 
-Only the tiles within the bounding box of a block's samples are visited. The result is right for queries in any order;
-neighbours that look at the same place make it fast, so callers give queries along a Morton curve. Points outside of the
-map or of invalid views are moved far away, where every hat is zero.
+Only the tiles within the bounding box of a block's samples are visited, so queries are first put along a Morton curve,
+one order for all views since offsets have no view: two views fix a place in space, seen from which neighbours are
+neighbours in every view. Points outside of the map or of invalid views are moved far away, where every hat is zero.
 
 Backward, per tile, with g = d_out (C, queries): the features' gradient is g times the matrix, transposed; the matrix's
 gradient is features, transposed, times g, and contracted with the hats and their derivatives. The grid runs head by
@@ -23,11 +23,12 @@ from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 QUERIES = 128  # of a block: the lanes of a register
 ROWS, COLUMNS = 16, 8  # cells of a tile; a register has eight sublanes
 FAR = -1e6  # in cells
+MORTON_BITS = 8  # of each of three coordinates
 MEMORY = 56 * 2**20  # bytes of on-chip memory that a kernel may take; the smallest of v5e, v5p and v6e has 64 MiB
 
 
@@ -44,7 +45,8 @@ def forward(
     batch, views, count = view_valid.shape
     heads, levels, points = weights.shape[2:]
     channels, dtype = features[0].shape[-1], features[0].dtype
-    queries = _queries(reference_points, offsets, weights, view_valid)
+    order = _order(features, reference_points, offsets, view_valid)
+    queries = _queries(order, reference_points, offsets, weights, view_valid)
     padded = queries[0].shape[-1]
     tiles = [_tiles(maps) for maps in features]
     out = pl.pallas_call(
@@ -65,7 +67,7 @@ def forward(
         ),
         interpret=interpret,
     )(*queries, *tiles)
-    return rearrange(out[..., :count], "b v k c n -> b v n k c")
+    return _by_query(rearrange(out[..., :count], "b v k c n -> b v n k c"), jnp.argsort(order), axis=1)
 
 
 def backward(
@@ -84,9 +86,10 @@ def backward(
     batch, views, count = view_valid.shape
     heads, levels, points = weights.shape[2:]
     channels = features[0].shape[-1]
-    queries = _queries(reference_points, offsets, weights, view_valid)
+    order = _order(features, reference_points, offsets, view_valid)
+    queries = _queries(order, reference_points, offsets, weights, view_valid)
     padded = queries[0].shape[-1]
-    d_out = _pad_queries(rearrange(d_out, "b v n k c -> b v k c n"), 0.0)
+    d_out = _pad_queries(rearrange(_by_query(d_out, order, axis=1), "b v n k c -> b v k c n"), 0.0)
     tiles = [_tiles(maps) for maps in features]
     of_head = [_of_head(maps, lambda b, k, v, n: (b, v, 0, k, 0, 0)) for maps in tiles]
     # Sums over the views stay on the chip, for all queries of a head.
@@ -125,11 +128,12 @@ def backward(
         ),
         interpret=interpret,
     )(*queries, d_out, *tiles)
+    back = jnp.argsort(order)
     return (
         tuple(_untile(d, size) for d, size in zip(d_tiles, _sizes(features), strict=True)),
-        rearrange(d_points.sum(axis=2)[..., :count], "b v i n -> b v n i"),
-        rearrange(d_offsets[..., :count], "b k l i p n -> b n k l p i"),
-        rearrange(d_weights[..., :count], "b k l p n -> b n k l p"),
+        _by_query(rearrange(d_points.sum(axis=2)[..., :count], "b v i n -> b v n i"), back, axis=1),
+        _by_query(rearrange(d_offsets[..., :count], "b k l i p n -> b n k l p i"), back),
+        _by_query(rearrange(d_weights[..., :count], "b k l p n -> b n k l p"), back),
     )
 
 
@@ -145,9 +149,7 @@ def _forward(points_ref, offsets_ref, weights_ref, *refs, sizes):
             row_hats[row] = _hat(_convert(row) - y)
 
         def column(tile_x, out, level=level, x=x, maps=maps, across=tiles_across, top=top, bottom=bottom):
-            hats = [
-                _hat(_columns(tile_x) - x[p : p + 1]) * weights_ref[level, p : p + 1] for p in range(x.shape[0])
-            ]
+            hats = [_hat(_columns(tile_x) - x[p : p + 1]) * weights_ref[level, p : p + 1] for p in range(x.shape[0])]
 
             def tile(tile_y, out):
                 matrix = [_weighted(row_hats, tile_y * ROWS + row, hats) for row in range(ROWS)]
@@ -282,13 +284,32 @@ def _product(a, b, contract):
     return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _queries(reference_points, offsets, weights, view_valid):
-    """The arrays with queries along the last axis, in whole blocks; points that do not count are at infinity."""
-    points = jnp.where(view_valid[..., None], reference_points, jnp.inf)
+def _order(
+    features, points: Float[Array, "b v n 2"], offsets: Float[Array, "b n k l p 2"], valid: Bool[Array, "b v n"]
+) -> Int[Array, "b n"]:
+    """Queries along a Morton curve through the middle of their samples: x, y in the first view, x in another."""
+    sizes = jnp.array([(width, height) for height, width in _sizes(features)], offsets.dtype)
+    middle = points + (offsets / sizes[:, None]).mean(axis=(2, 3, 4))[:, None]
+    side = 2**MORTON_BITS
+    cell = (jnp.where(valid[..., None], middle, 0.0) * side).clip(0, side - 1).astype(jnp.uint32)
+    other = points.shape[1] // 4  # views of an orbit: a quarter turn on
+    for shift, mask in ((16, 0x30000FF), (8, 0x300F00F), (4, 0x30C30C3), (2, 0x9249249)):  # moves the bits apart
+        cell = (cell | cell << shift) & mask
+    return jnp.argsort(cell[:, 0, :, 0] | cell[:, 0, :, 1] << 1 | cell[:, other, :, 0] << 2)
+
+
+def _by_query(x: Array, order: Int[Array, "b n"], axis: int = 0) -> Array:
+    """The queries, which are along this axis of each scene, in this order."""
+    return jax.vmap(lambda x, order: x.take(order, axis=axis, mode="clip"))(x, order)
+
+
+def _queries(order, reference_points, offsets, weights, view_valid):
+    """The arrays in this order, queries along the last axis in whole blocks; what does not count is at infinity."""
+    points = _by_query(jnp.where(view_valid[..., None], reference_points, jnp.inf), order, axis=1)
     return (
         _pad_queries(rearrange(points, "b v n i -> b v i n"), jnp.inf),
-        _pad_queries(rearrange(offsets, "b n k l p i -> b k l i p n"), 0.0),
-        _pad_queries(rearrange(weights, "b n k l p -> b k l p n"), 0.0),
+        _pad_queries(rearrange(_by_query(offsets, order), "b n k l p i -> b k l i p n"), 0.0),
+        _pad_queries(rearrange(_by_query(weights, order), "b n k l p -> b k l p n"), 0.0),
     )
 
 
@@ -302,18 +323,19 @@ def _pad_queries(x, value: float):
 def _tiles(maps: Float[Array, "b v h w k c"]) -> Float[Array, "b v t k c cells"]:
     """The map in tiles of cells, row by row of tiles, with cells along the last axis; zero beyond the border."""
     height, width, heads = maps.shape[2:5]
-    maps = jnp.pad(maps, (*((0, 0),) * 2, (0, -height % ROWS), (0, -width % COLUMNS), *((0, 0),) * 2))
-    # In two steps, each of which keeps a long last axis: cells into tiles, then a transposition of each tile.
-    maps = rearrange(maps, "b v (y i) (x j) k c -> b v (y x) (i j) (k c)", i=ROWS, j=COLUMNS)
-    return rearrange(maps, "b v t cell (k c) -> b v t k c cell", k=heads)
+    # In steps that each keep a long last axis: cells into tiles, then a transposition of each tile.
+    maps = rearrange(maps, "b v h w k c -> b v h w (k c)")
+    maps = jnp.pad(maps, (*((0, 0),) * 2, (0, -height % ROWS), (0, -width % COLUMNS), (0, 0)))
+    maps = rearrange(maps, "b v (y i) (x j) kc -> b v (y x) (i j) kc", i=ROWS, j=COLUMNS)
+    return rearrange(rearrange(maps, "b v t cell kc -> b v t kc cell"), "b v t (k c) cell -> b v t k c cell", k=heads)
 
 
 def _untile(tiles: Float[Array, "b v t k c cells"], size: tuple[int, int]) -> Float[Array, "b v h w k c"]:
     """The inverse of `_tiles`, for a map of this size."""
     heads, across = tiles.shape[3], pl.cdiv(size[1], COLUMNS)
-    maps = rearrange(tiles, "b v t k c cell -> b v t cell (k c)")
-    maps = rearrange(maps, "b v (y x) (i j) (k c) -> b v (y i) (x j) k c", x=across, i=ROWS, k=heads)
-    return maps[:, :, : size[0], : size[1]]
+    maps = rearrange(rearrange(tiles, "b v t k c cell -> b v t (k c) cell"), "b v t kc cell -> b v t cell kc")
+    maps = rearrange(maps, "b v (y x) (i j) kc -> b v (y i) (x j) kc", x=across, i=ROWS)
+    return rearrange(maps[:, :, : size[0], : size[1]], "b v h w (k c) -> b v h w k c", k=heads)
 
 
 def _sizes(features) -> tuple[tuple[int, int], ...]:
