@@ -36,7 +36,8 @@ IMPLEMENTATIONS = {
     "pallas_gpu": PALLAS_GPU,
     "pallas_gpu_interpret": Steps(*(functools.partial(step, interpret=True) for step in PALLAS_GPU)),
 }
-CUDA, TPU = PALLAS_GPU, XLA  # what "auto" takes in a program that is lowered for these platforms; elsewhere it takes XLA
+# What "auto" takes in a program that is lowered for these platforms; elsewhere it takes XLA.
+CUDA, TPU = PALLAS_GPU, XLA
 
 
 def deformable_attention(
@@ -125,7 +126,7 @@ def multiview_deformable_attention(
             raise ValueError(f"{name}: expected {wanted}, got {got} ({shapes})")
     _check_features(features, (batch, views), heads, levels, shapes)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    weights = jax.nn.softmax(logits.reshape(*logits.shape[:3], -1), axis=-1).reshape(logits.shape)
+    weights = jax.nn.softmax(logits, axis=(-2, -1))
     return _attend_by_name(features, reference_points, offsets, weights, view_valid, implementation, deterministic)
 
 
@@ -145,6 +146,8 @@ def _attend_by_name(features, reference_points, offsets, weights, view_valid, im
     dtype = jnp.result_type(reference_points, offsets, weights, jnp.float32)
     reference_points, offsets, weights = (x.astype(dtype) for x in (reference_points, offsets, weights))
     name = _choose(implementation, features[0].dtype, dtype)
+    if view_valid.size == 0:  # no blocks to make a grid of
+        return jnp.zeros((*view_valid.shape, *features[0].shape[-2:]), features[0].dtype)
     arrays = _varying_alike((features, reference_points, offsets, weights, view_valid))
     return _attend(name, deterministic, *arrays)
 

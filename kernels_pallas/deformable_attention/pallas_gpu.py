@@ -289,7 +289,8 @@ def _sum_cells(view, number, start, points, offsets, weights, d_out, _, d_map, *
         end = jnp.where(top + i <= height, end, begin)
         steps = lax.div(end - begin + SAMPLES - 1, np.int32(SAMPLES))
         total = lax.fori_loop(0, steps, lambda s, t, b=begin, e=end: add(b + s * SAMPLES, t, e), total)
-    cell, mask = row * width + column, (row < height) & (column < width)
+    mask = (row < height) & (column < width)
+    cell = jnp.where(mask, row * width + column, height * width)
     place = d_map.at[image, cell[:, None], head * channels + columns[None]]
     plgpu.store(place, total.astype(d_map.dtype), mask=mask[:, None] & wide)
 
@@ -300,7 +301,7 @@ def _queries(order, seen, image, samples):
     place = begin + lax.iota(jnp.int32, QUERIES)
     exists, there = place < order.shape[1], place < seen[image]
     limit = jnp.where(begin < seen[image], np.int32(samples), 0)
-    return plgpu.load(order.at[image, place], mask=exists, other=0), exists, there, limit
+    return plgpu.load(order.at[image, place], mask=exists, other=order.shape[1]), exists, there, limit
 
 
 def _corners(point, offset, size, there) -> Corners:
