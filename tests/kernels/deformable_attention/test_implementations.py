@@ -133,7 +133,8 @@ def test_samples_are_accumulated_in_float32(rng, implementation):
     d_out = jnp.zeros((1, 3, 40, 2, 48))
     half = narrow(features, jnp.bfloat16)
     ours, _ = run(half, *rest, d_out, implementation)
-    rounded = reference.forward(narrow(half), *rest[:2], jax.nn.softmax(rest[2], axis=(3, 4)), rest[3])
+    weights = jax.nn.softmax(rest[2], axis=(3, 4))
+    rounded = jax.jit(reference.forward)(narrow(half), *rest[:2], weights, rest[3])
     # The same sums: only the result is rounded.
     np.testing.assert_allclose(narrow(ours), rounded, rtol=2**-8, atol=1e-6)
 
@@ -205,41 +206,37 @@ def test_no_queries(rng, implementation):
     assert not any(np.asarray(level).any() for level in gradients[0])
 
 
+def gradients(implementation, *arrays):
+    """Of a loss, by everything but the last."""
+
+    def loss(*moved):
+        return jnp.sum(multiview_deformable_attention(*moved, arrays[-1], implementation=implementation) ** 2)
+
+    return jax.grad(loss, tuple(range(4)))(*arrays[:-1])
+
+
 @every
 def test_vmap_is_one_after_the_other(rng, implementation):
-    features, points, offsets, logits, valid = narrow(make(rng, batch=4, count=9, heads=1, channels=8, points=2))
+    features, points, offsets, logits, valid = narrow(make(rng, batch=4, count=9, points=1, sizes=((6, 4),)))
 
-    def loss(features, points, offsets, logits, valid):
-        arrays = tuple(m[None] for m in features), *(x[None] for x in (points, offsets, logits, valid))
-        return jnp.sum(multiview_deformable_attention(*arrays, implementation=implementation) ** 2)
+    def one(features, points, offsets, logits, valid):
+        return gradients(implementation, *jax.tree.map(lambda x: x[None], (features, points, offsets, logits, valid)))
 
-    gradients = jax.value_and_grad(loss, (0, 1, 2, 3))
-    axes = (0, 0, None, 0, 0)  # the offsets of one scene for all
-    ours = jax.jit(jax.vmap(gradients, axes))(features, points, offsets[0], logits, valid)
-    value, whole = jax.jit(
-        jax.value_and_grad(
-            lambda *a: jnp.sum(multiview_deformable_attention(*a, valid, implementation=implementation) ** 2),
-            (0, 1, 2, 3),
-        )
-    )(features, points, jnp.broadcast_to(offsets[:1], offsets.shape), logits)
-    close((ours[0].sum(), ours[1]), (value, whole), 1e-6)
+    over = jax.vmap(one, (0, 0, None, 0, 0))  # the offsets of one scene for all
+    ours = jax.tree.map(lambda x: x[:, 0], jax.jit(over)(features, points, offsets[0], logits, valid))
+    offsets = jnp.broadcast_to(offsets[:1], offsets.shape)
+    close(ours, jax.jit(functools.partial(gradients, "xla"))(features, points, offsets, logits, valid), 1e-5)
 
 
 @every
 def test_works_inside_shard_map(rng, implementation):
-    arguments = narrow(make(rng, batch=1, count=9, heads=1, channels=8, points=2))
-
-    def gradients(features, points, offsets, logits, valid):
-        def loss(*arrays):
-            return jnp.sum(multiview_deformable_attention(*arrays, valid, implementation=implementation) ** 2)
-
-        return jax.grad(loss, (0, 1, 2, 3))(features, points, offsets, logits)
-
+    arguments = narrow(make(rng, batch=1, count=9, points=1, sizes=((6, 4),)))
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     data = jax.sharding.PartitionSpec("data")
     # What is interpreted does not say over which axes its numbers vary.
-    mapped = jax.shard_map(gradients, mesh=mesh, in_specs=data, out_specs=data, check_vma=implementation == "xla")
-    close(jax.jit(mapped)(*arguments), jax.jit(gradients)(*arguments), 1e-6)
+    specs = dict(mesh=mesh, in_specs=data, out_specs=data, check_vma=implementation == "xla")
+    mapped = jax.shard_map(functools.partial(gradients, implementation), **specs)
+    close(jax.jit(mapped)(*arguments), jax.jit(functools.partial(gradients, "xla"))(*arguments), 1e-5)
 
 
 @every
@@ -284,17 +281,10 @@ def test_gradients_of_the_reference_are_those_of_finite_differences_in_float64(r
     "samples", [1, 24, 48]
 )  # of the reference: one query at a time, some (the last block is padded)
 def test_blocks_of_queries_change_nothing(rng, samples, monkeypatch):
-    features, points, offsets, logits, valid = narrow(make(rng, batch=1, count=5, channels=3))
-
-    def gradients():
-        def loss(*arrays):
-            return jnp.sum(multiview_deformable_attention(*arrays, valid, implementation="xla") ** 2)
-
-        return jax.jit(jax.grad(loss, (0, 1, 2, 3)))(features, points, offsets, logits)
-
-    whole = gradients()
+    arguments = narrow(make(rng, batch=1, count=5, channels=3))
+    whole = jax.jit(functools.partial(gradients, "xla"))(*arguments)
     monkeypatch.setattr(reference, "SAMPLES", samples)
-    close(gradients(), whole, 1e-5)
+    close(jax.jit(functools.partial(gradients, "xla"))(*arguments), whole, 1e-5)
 
 
 def test_shapes_that_disagree_are_named(rng):
