@@ -1,21 +1,17 @@
-"""Deformable attention on TPUs: bilinear sampling as matrix products with hat weights, in Pallas for Mosaic.
+"""Deformable attention on TPUs, which read rows by index slowly and multiply matrices fast: see hat_matrix.py.
 
-TPUs read rows by index slowly and multiply matrices fast. For one head of one view and a block of 128 queries, what is
-sampled is features (C, cells) times a matrix (cells, queries), whose entry is the sum over the points of weight times
-hat(x - column) times hat(y - row), hat(d) = max(0, 1 - |d|). A tile of 16 x 8 cells of that matrix costs the vector
-unit two operations per point and register, because queries lie along the lanes: the hat of the columns is one register
-per point, that of a row a broadcast of one sublane.
+The kernels visit the part of a map that a block of 128 queries looks at, so queries are first put along a Morton curve:
+one order for all views, since offsets have no view. Two views fix a place in space, and neighbours in space are
+neighbours in every view. Here is what surrounds the kernels: that order, the layouts, and the division on a mesh.
 
-Only the tiles within the bounding box of a block's samples are visited, so queries are first put along a Morton curve,
-one order for all views since offsets have no view: two views fix a place in space, seen from which neighbours are
-neighbours in every view. Points outside of the map or of invalid views are moved far away, where every hat is zero.
-
-Backward, per tile, with g = d_out (C, queries): the features' gradient is g times the matrix, transposed; the matrix's
-gradient is features, transposed, times g, and contracted with the hats and their derivatives. The grid runs head by
-head and view by view; sums over queries and views stay in on-chip memory. Nothing is added atomically.
+The grid runs head by head and view by view; sums over queries and views stay in on-chip memory, in a fixed order: the
+same input gives the same bits.
 """
 
 import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +19,14 @@ from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-QUERIES = 128  # of a block: the lanes of a register
-ROWS, COLUMNS = 16, 8  # cells of a tile; a register has eight sublanes
-FAR = -1e6  # in cells
+from kernels_pallas.deformable_attention import reference
+from kernels_pallas.deformable_attention.hat_matrix import COLUMNS, QUERIES, ROWS, backward_kernel, forward_kernel
+
 MORTON_BITS = 8  # of each of three coordinates
-MEMORY = 56 * 2**20  # bytes of on-chip memory that a kernel may take; the smallest of v5e, v5p and v6e has 64 MiB
+MEMORY = 56 * 2**20  # bytes of on-chip memory that a kernel may take; v5e, v5p and v6e have at least 64 MiB
 
 
 def forward(
@@ -42,6 +39,102 @@ def forward(
     interpret: bool = False,
 ) -> Float[Array, "b v n k c"]:
     """Arguments and result as in reference.py; features are bfloat16 or float32, the rest is float32."""
+    if _too_large(features):
+        return reference.forward(features, reference_points, offsets, weights, view_valid)
+    parts = _parts(weights)
+    return parts.run(
+        functools.partial(_forward, interpret=interpret),
+        (features, reference_points, offsets, weights, view_valid),
+        (parts.maps, parts.views, parts.samples, parts.samples, parts.views),
+        parts.values,
+    )
+
+
+def backward(
+    features: tuple[Float[Array, "b v _h_l _w_l k c"], ...],
+    reference_points: Float[Array, "b v n 2"],
+    offsets: Float[Array, "b n k l p 2"],
+    weights: Float[Array, "b n k l p"],
+    view_valid: Bool[Array, "b v n"],
+    d_out: Float[Array, "b v n k c"],
+    *,
+    deterministic: bool,
+    interpret: bool = False,
+) -> tuple[tuple[Array, ...], Array, Array, Array]:
+    """Arguments and result as in reference.py; deterministic in any case."""
+    arrays = features, reference_points, offsets, weights, view_valid, d_out
+    if _too_large(features):
+        return reference.backward(*arrays, deterministic=deterministic)
+    parts = _parts(weights)
+
+    def local(*arrays):
+        d_features, d_points, d_offsets, d_weights = _backward_in_turns(*arrays, interpret=interpret)
+        return d_features, lax.psum(d_points, parts.heads) if parts.heads else d_points, d_offsets, d_weights
+
+    results = parts.maps, parts.views, parts.samples, parts.samples
+    return parts.run(local, arrays, (*results, parts.views, parts.values), results)
+
+
+class Parts(NamedTuple):
+    """The axes of the ambient mesh that split the scenes, those that split the heads, and the axes not yet manual."""
+
+    scenes: tuple[str, ...]
+    heads: tuple[str, ...]
+    free: tuple[str, ...]
+
+    @property
+    def maps(self) -> P:
+        """Of features."""
+        return P(self.scenes, None, None, None, self.heads)
+
+    @property
+    def views(self) -> P:
+        """Of reference points and validity."""
+        return P(self.scenes)
+
+    @property
+    def samples(self) -> P:
+        """Of offsets and weights."""
+        return P(self.scenes, None, self.heads)
+
+    @property
+    def values(self) -> P:
+        """Of the result."""
+        return P(self.scenes, None, None, self.heads)
+
+    def run(self, function: Callable, arrays: tuple, in_specs: tuple, out_specs):
+        """Every device works on its own scenes and heads: XLA cannot split a kernel's call by itself."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if math.prod(mesh.shape[name] for name in self.free) == 1:
+            return function(*arrays)
+        # The kernels' results vary over the axes of some arguments only; they do not say so.
+        free = frozenset(self.free)
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=False
+        )
+        return mapped(*arrays)
+
+
+def _parts(weights: Float[Array, "b n k l p"]) -> Parts:
+    """Scenes are split like a batch, over all axes that divide them; heads over those that are left."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
+    split: tuple[list[str], list[str]] = [], []
+    for name in free:
+        for names, length in zip(split, (weights.shape[0], weights.shape[2]), strict=True):
+            if length % math.prod(mesh.shape[n] for n in (*names, name)) == 0:
+                names.append(name)
+                break
+    return Parts(tuple(split[0]), tuple(split[1]), free)
+
+
+def _too_large(features) -> bool:
+    """Whether the maps of a head, their gradients in two types and copies under way leave too little room."""
+    cells = sum(pl.cdiv(height, ROWS) * pl.cdiv(width, COLUMNS) * ROWS * COLUMNS for height, width in _sizes(features))
+    return cells * features[0].shape[-1] * (4 * features[0].dtype.itemsize + 4) > MEMORY // 2
+
+
+def _forward(features, reference_points, offsets, weights, view_valid, *, interpret):
     batch, views, count = view_valid.shape
     heads, levels, points = weights.shape[2:]
     channels, dtype = features[0].shape[-1], features[0].dtype
@@ -50,7 +143,7 @@ def forward(
     padded = queries[0].shape[-1]
     tiles = [_tiles(maps) for maps in features]
     out = pl.pallas_call(
-        functools.partial(_forward, sizes=_sizes(features)),
+        functools.partial(forward_kernel, sizes=_sizes(features)),
         name="deformable_forward",
         grid=(batch, views, heads, padded // QUERIES),
         in_specs=[
@@ -67,36 +160,45 @@ def forward(
         ),
         interpret=interpret,
     )(*queries, *tiles)
-    return _by_query(rearrange(out[..., :count], "b v k c n -> b v n k c"), jnp.argsort(order), axis=1)
+    # Heads and channels are one axis while rows move, or each head would take the room of whole registers.
+    out = _by_query(rearrange(out[..., :count], "b v k c n -> b v n (k c)"), jnp.argsort(order), axis=1)
+    return rearrange(out, "b v n (k c) -> b v n k c", k=heads)
 
 
-def backward(
-    features: tuple[Float[Array, "b v _h_l _w_l k c"], ...],
-    reference_points: Float[Array, "b v n 2"],
-    offsets: Float[Array, "b n k l p 2"],
-    weights: Float[Array, "b n k l p"],
-    view_valid: Bool[Array, "b v n"],
-    d_out: Float[Array, "b v n k c"],
-    *,
-    deterministic: bool,
-    interpret: bool = False,
-) -> tuple[tuple[Array, ...], Array, Array, Array]:
-    """Arguments and result as in reference.py; deterministic in any case."""
-    del deterministic
+def _backward_in_turns(features, points, offsets, weights, valid, d_out, *, interpret):
+    """So many queries at a time that the sums over their views find room on the chip."""
+    samples = math.prod(weights.shape[3:])
+    at_once = MEMORY // 2 // (2 * 3 * 4 * samples) // QUERIES * QUERIES
+    turns = [slice(i, i + at_once) for i in range(0, max(weights.shape[1], 1), at_once)]
+    d_features, d_points, d_offsets, d_weights = zip(
+        *(
+            _backward(
+                features, points[:, :, s], offsets[:, s], weights[:, s], valid[:, :, s], d_out[:, :, s], interpret
+            )
+            for s in turns
+        ),
+        strict=True,
+    )
+    d_features = tuple(sum(x.astype(jnp.float32) for x in d).astype(d[0].dtype) for d in zip(*d_features, strict=True))
+    return d_features, jnp.concatenate(d_points, 2), jnp.concatenate(d_offsets, 1), jnp.concatenate(d_weights, 1)
+
+
+def _backward(features, reference_points, offsets, weights, view_valid, d_out, interpret):
     batch, views, count = view_valid.shape
     heads, levels, points = weights.shape[2:]
     channels = features[0].shape[-1]
     order = _order(features, reference_points, offsets, view_valid)
     queries = _queries(order, reference_points, offsets, weights, view_valid)
     padded = queries[0].shape[-1]
-    d_out = _pad_queries(rearrange(_by_query(d_out, order, axis=1), "b v n k c -> b v k c n"), 0.0)
+    d_out = _by_query(rearrange(d_out, "b v n k c -> b v n (k c)"), order, axis=1)
+    d_out = _pad_queries(rearrange(d_out, "b v n (k c) -> b v k c n", k=heads), 0.0)
     tiles = [_tiles(maps) for maps in features]
     of_head = [_of_head(maps, lambda b, k, v, n: (b, v, 0, k, 0, 0)) for maps in tiles]
     # Sums over the views stay on the chip, for all queries of a head.
     d_offsets = pl.BlockSpec((None, None, levels, 2, points, padded), lambda b, k, v, n: (b, k, 0, 0, 0, 0))
     d_weights = pl.BlockSpec((None, None, levels, points, padded), lambda b, k, v, n: (b, k, 0, 0, 0))
     *d_tiles, d_points, d_offsets, d_weights = pl.pallas_call(
-        functools.partial(_backward, sizes=_sizes(features)),
+        functools.partial(backward_kernel, sizes=_sizes(features)),
         name="deformable_backward",
         grid=(batch, heads, views, padded // QUERIES),
         in_specs=[
@@ -137,153 +239,6 @@ def backward(
     )
 
 
-def _forward(points_ref, offsets_ref, weights_ref, *refs, sizes):
-    *map_refs, out_ref, row_hats = refs
-    out = jnp.zeros(out_ref.shape, jnp.float32)
-    for level, (size, maps) in enumerate(zip(sizes, map_refs, strict=True)):
-        x, y, (left, right, top, bottom) = _place(points_ref, offsets_ref, level, size)
-        tiles_across = pl.cdiv(size[1], COLUMNS)
-
-        @pl.loop(top * ROWS, bottom * ROWS)
-        def _(row, y=y):
-            row_hats[row] = _hat(_convert(row) - y)
-
-        def column(tile_x, out, level=level, x=x, maps=maps, across=tiles_across, top=top, bottom=bottom):
-            hats = [_hat(_columns(tile_x) - x[p : p + 1]) * weights_ref[level, p : p + 1] for p in range(x.shape[0])]
-
-            def tile(tile_y, out):
-                matrix = [_weighted(row_hats, tile_y * ROWS + row, hats) for row in range(ROWS)]
-                matrix = jnp.concatenate(matrix).astype(maps.dtype)
-                return out + _product(maps[tile_y * across + tile_x], matrix, ((1,), (0,)))
-
-            return lax.fori_loop(top, bottom, tile, out)
-
-        out = lax.fori_loop(left, right, column, out)
-    out_ref[...] = out.astype(out_ref.dtype)
-
-
-def _backward(points_ref, offsets_ref, weights_ref, d_out_ref, *refs, sizes):
-    levels = len(sizes)
-    map_refs, d_map_refs, refs = refs[:levels], refs[levels : 2 * levels], refs[2 * levels :]
-    d_points_ref, d_offsets_ref, d_weights_ref, *refs = refs
-    *sums, row_hats, row_slopes, parts = refs
-    view, block = pl.program_id(2), pl.program_id(3)
-    here = pl.ds(pl.multiple_of(block * QUERIES, QUERIES), QUERIES)
-    d_out = d_out_ref[...]
-    d_point = [0.0, 0.0]
-    for level, (size, maps, d_sum) in enumerate(zip(sizes, map_refs, sums, strict=True)):
-        x, y, (left, right, top, bottom) = _place(points_ref, offsets_ref, level, size)
-        across, count = pl.cdiv(size[1], COLUMNS), x.shape[0]
-        parts[...] = jnp.zeros(parts.shape, parts.dtype)
-
-        @pl.when(block == 0)
-        def _(d_sum=d_sum):
-            d_sum[...] = jnp.zeros(d_sum.shape, d_sum.dtype)
-
-        @pl.loop(top * ROWS, bottom * ROWS)
-        def _(row, y=y):
-            row_hats[row] = _hat(_convert(row) - y)
-            row_slopes[row] = _slope(_convert(row) - y)
-
-        @pl.loop(left, right)
-        def _(tile_x, level=level, x=x, maps=maps, d_sum=d_sum, across=across, count=count, top=top, bottom=bottom):
-            distances = [_columns(tile_x) - x[p : p + 1] for p in range(count)]
-            hats = [_hat(d) * weights_ref[level, p : p + 1] for p, d in enumerate(distances)]
-
-            def tile(tile_y, along):
-                place = tile_y * across + tile_x
-                d_matrix = _product(maps[place], d_out, ((0,), (0,)))
-                matrix = []
-                for row in range(ROWS):
-                    d_row = d_matrix[row * COLUMNS : (row + 1) * COLUMNS]
-                    matrix.append(_weighted(row_hats, tile_y * ROWS + row, hats))
-                    along = [
-                        (
-                            hat + row_hats[tile_y * ROWS + row, p : p + 1] * d_row,
-                            slope + row_slopes[tile_y * ROWS + row, p : p + 1] * d_row,
-                        )
-                        for p, (hat, slope) in enumerate(along)
-                    ]
-                matrix = jnp.concatenate(matrix).astype(maps.dtype)
-                d_sum[place] += _product(d_out, matrix, ((1,), (1,)))
-                return along
-
-            zero = jnp.zeros((COLUMNS, QUERIES), jnp.float32)
-            along = lax.fori_loop(top, bottom, tile, [(zero, zero)] * count)
-            for p, (d, hat, (by_hat, by_slope)) in enumerate(zip(distances, hats, along, strict=True)):
-                parts[0, p] += _slope(d) * by_hat
-                parts[1, p] += hat * by_slope
-                parts[2, p] += _hat(d) * by_hat
-
-        d_weight = parts[2].sum(axis=1)
-        d_offset = [parts[0].sum(axis=1) * weights_ref[level], parts[1].sum(axis=1)]
-        before = view > 0
-        d_weights_ref[level, :, here] = d_weight + jnp.where(before, d_weights_ref[level, :, here], 0.0)
-        for i in range(2):
-            d_offsets_ref[level, i, :, here] = d_offset[i] + jnp.where(before, d_offsets_ref[level, i, :, here], 0.0)
-            d_point[i] += d_offset[i].sum(axis=0, keepdims=True) * size[1 - i]
-    d_points_ref[...] = jnp.concatenate(d_point)
-
-    @pl.when(block == pl.num_programs(3) - 1)
-    def _():
-        for d_sum, d_map in zip(sums, d_map_refs, strict=True):
-            d_map[...] = d_sum[...].astype(d_map.dtype)
-
-
-def _place(points_ref, offsets_ref, level: int, size: tuple[int, int]):
-    """Columns and rows (P, queries) of the samples, far away if outside, and the range of tiles that they touch."""
-    height, width = size
-    x = points_ref[0:1] * width - 0.5 + offsets_ref[level, 0]
-    y = points_ref[1:2] * height - 0.5 + offsets_ref[level, 1]
-    inside = (x >= -1) & (x < width) & (y >= -1) & (y < height)  # what is not a number is not inside
-    x, y = jnp.where(inside, x, FAR), jnp.where(inside, y, FAR)
-    return x, y, (*_range(x, inside, width, COLUMNS), *_range(y, inside, height, ROWS))
-
-
-def _range(cells, inside, size: int, tile: int):
-    """The first tile that the samples touch along one axis, and one more than the last."""
-    low = jnp.min(jnp.where(inside, cells, size))
-    high = jnp.max(jnp.where(inside, cells, -2.0))
-    first = jnp.maximum(low, 0.0).astype(jnp.int32) // tile
-    last = jnp.minimum(high + 1, size - 1.0).astype(jnp.int32) // tile
-    return first, jnp.where(high >= low, last + 1, first)
-
-
-def _columns(tile):
-    """Columns of the cells in a tile, one per sublane."""
-    cell = lax.broadcasted_iota(jnp.int32, (COLUMNS, QUERIES), 0) + tile * COLUMNS
-    return cell.astype(jnp.float32)
-
-
-def _convert(cell):
-    return cell.astype(jnp.float32)
-
-
-def _hat(distance):
-    """Weight of a cell at this distance right of or below the sample."""
-    return jnp.maximum(0.0, 1.0 - jnp.abs(distance))
-
-
-def _slope(distance):
-    """Derivative of the hat by the sample's coordinate; where it jumps, that of the cells that `floor` chooses."""
-    return jnp.where((distance > -1) & (distance <= 1), jnp.where(distance > 0, 1.0, -1.0), 0.0)
-
-
-def _weighted(row_hats, row, hats):
-    """One row of the matrix's tile: sum over the points of the row's hat and the columns' weighted hats."""
-    total = row_hats[row, 0:1] * hats[0]
-    for p in range(1, len(hats)):
-        total += row_hats[row, p : p + 1] * hats[p]
-    return total
-
-
-def _product(a, b, contract):
-    """Accumulated in float32; factors of float32 are not rounded."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    numbers = (contract, ((), ()))
-    return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _order(
     features, points: Float[Array, "b v n 2"], offsets: Float[Array, "b n k l p 2"], valid: Bool[Array, "b v n"]
 ) -> Int[Array, "b n"]:
@@ -293,7 +248,7 @@ def _order(
     side = 2**MORTON_BITS
     cell = (jnp.where(valid[..., None], middle, 0.0) * side).clip(0, side - 1).astype(jnp.uint32)
     other = points.shape[1] // 4  # views of an orbit: a quarter turn on
-    for shift, mask in ((16, 0x30000FF), (8, 0x300F00F), (4, 0x30C30C3), (2, 0x9249249)):  # moves the bits apart
+    for shift, mask in ((8, 0x300F00F), (4, 0x30C30C3), (2, 0x9249249)):  # moves the bits apart
         cell = (cell | cell << shift) & mask
     return jnp.argsort(cell[:, 0, :, 0] | cell[:, 0, :, 1] << 1 | cell[:, other, :, 0] << 2)
 
