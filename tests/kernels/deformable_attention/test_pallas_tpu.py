@@ -1,6 +1,10 @@
 """The kernels for TPUs, interpreted on the CPU and lowered for a TPU that need not be there."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +47,9 @@ def expected(arrays, d_out):
 
 def compare(ours, theirs, values, gradients):
     """Relative distance of the result, and of each gradient."""
-    for ours, theirs, limit in ((ours[0], theirs[0], values), (ours[1], theirs[1], gradients)):
-        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-            a, b = (np.asarray(x, np.float64) for x in (a, b))
+    for limit, *pair in zip((values, gradients), ours, theirs, strict=True):
+        for arrays in zip(*map(jax.tree.leaves, pair), strict=True):
+            a, b = (np.asarray(x, np.float64) for x in arrays)
             assert np.linalg.norm(a - b) <= limit * np.linalg.norm(b)
 
 
@@ -66,7 +70,7 @@ def test_values_and_gradients_are_those_of_the_reference(rng, case):
 
 
 def test_bfloat16_features_are_as_good_as_rounded(rng):
-    arguments = make(rng, points=8, channels=48, count=20, dtype="bfloat16")
+    arguments = make(rng, channels=48, count=20, dtype="bfloat16")
     compare(interpreted(*arguments), expected(*arguments), values=4e-3, gradients=4e-3)
 
 
@@ -99,8 +103,8 @@ def test_no_queries(rng):
 
 
 def test_many_queries_are_taken_in_turns(rng, monkeypatch):
-    arguments = make(rng, count=300)
-    monkeypatch.setattr(pallas_tpu, "MEMORY", 2 * 128 * 2 * 3 * 4 * 4)  # one block at a time
+    arguments = make(rng, heads=1, sizes=SIZES[1:])
+    monkeypatch.setattr(pallas_tpu, "MEMORY", 2 * 128 * 2 * 3 * 4 * 2)  # one block at a time
     ours = pallas_tpu._backward_in_turns(*arguments[0], arguments[1], interpret=True)
     compare((0.0, ours), (0.0, expected(*arguments)[1]), values=0, gradients=1e-6)
 
@@ -119,15 +123,36 @@ def test_devices_of_a_mesh_share_scenes_and_heads():
     assert parts == (("scenes",), ("heads",), ("scenes", "heads", "neither"))
 
 
-def test_a_mesh_changes_nothing(rng):
-    """One device cannot be divided: the kernel is replaced, and what `run` does with it is compared by its jaxpr."""
-    (arrays, d_out) = make(rng, batch=2, heads=4)
-    mesh = AbstractMesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    with jax.sharding.use_abstract_mesh(mesh):
-        found = jax.eval_shape(functools.partial(pallas_tpu.backward, deterministic=True), *arrays, d_out)
-        text = str(jax.make_jaxpr(functools.partial(pallas_tpu.backward, deterministic=True))(*arrays, d_out))
-    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, arrays[:4])
-    assert "shard_map" in text and "psum" in text
+ON_FOUR_DEVICES = """
+import functools, sys
+import jax
+import numpy as np
+from jax.sharding import AxisType
+
+sys.path.insert(0, {folder!r})
+from test_pallas_tpu import compare, expected, make
+from kernels_pallas.deformable_attention import pallas_tpu
+
+# Two devices share the scenes, two the heads; the gradient of reference points is a sum over both.
+arrays, d_out = make(np.random.default_rng(0), batch=2, count=20, heads=2, channels=8, sizes=((5, 9),))
+
+@jax.jit
+def both(arrays, d_out):
+    out = pallas_tpu.forward(*arrays, interpret=True)
+    return out, pallas_tpu.backward(*arrays, d_out, deterministic=True, interpret=True)
+
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    ours = both(*jax.device_put((arrays, d_out), jax.NamedSharding(mesh, jax.P())))
+assert ours[0].sharding.shard_shape(ours[0].shape) == (1, 2, 20, 1, 8), ours[0].sharding
+compare(ours, expected(arrays, d_out), values=1e-6, gradients=1e-6)
+"""
+
+
+def test_on_a_mesh_every_device_has_its_scenes_and_heads():
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    program = ON_FOUR_DEVICES.format(folder=str(Path(__file__).parent))
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
