@@ -21,16 +21,20 @@ def attend(
 ) -> Float[Array, "b n k c"]:
     """softmax(q · k / sqrt(c)) v over the first keys of each scene; rows from `query_lengths` on are not computed.
 
-    Lengths, never an (N, N) mask. cuDNN says nothing of sequences of length 0, so it is never given one.
+    Lengths, never an (N, N) mask. cuDNN says nothing of sequences of length 0, so it is never given one, and jax
+    refuses the gradient of an odd number of tokens, so there is one more.
     """
-    return jax.nn.dot_product_attention(
-        queries,
-        keys,
-        values,
+    out = jax.nn.dot_product_attention(
+        *(_even(x) for x in (queries, keys, values)),
         query_seq_lengths=jnp.maximum(query_lengths, 1),
         key_value_seq_lengths=jnp.maximum(key_lengths, 1),
         implementation="cudnn",
     )
+    return out[:, : queries.shape[1]]
+
+
+def _even(x):
+    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
 
 def obstacle(device: Any, dtype: jnp.dtype, width: int) -> str:

@@ -19,6 +19,13 @@ KERNEL = "tpu_custom_call"
 H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
 
 
+def device(platform, kind, **attributes):
+    return types.SimpleNamespace(platform=platform, device_kind=kind, **attributes)
+
+
+GPU = device("gpu", "NVIDIA H200", compute_capability="9.0")
+
+
 def inputs(workload, dtype="bfloat16"):
     scenes, *rest = workload
     return *[jax.ShapeDtypeStruct((scenes, *rest), dtype)] * 3, jax.ShapeDtypeStruct((scenes,), "int32")
@@ -49,6 +56,24 @@ def test_lowering_for_tpu_takes_splash(workload):
 def test_lowering_for_others_takes_xla(platform):
     text = lowered(gradient, *inputs(WORKLOADS["training"]), platform=platform)
     assert KERNEL not in text and "cudnn" not in text  # which without a GPU cannot be lowered
+
+
+@pytest.mark.parametrize("workload", ["dinov2", "evaluation"])
+def test_lowering_for_cuda_where_there_is_a_gpu_takes_cudnn(monkeypatch, workload):
+    # jax asks the GPU before it writes down the call: here it is told what it would hear.
+    internal = "jax._src.cudnn.fused_attention_stablehlo."
+    monkeypatch.setattr(internal + "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(internal + "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(internal + "is_cuda_compute_capability_equal", lambda _: False)
+    monkeypatch.setattr(jax, "local_devices", lambda: [GPU])
+    arguments = inputs(WORKLOADS[workload])
+    anew = functools.partial(gradient)  # not what other tests have traced
+    text = lowered(anew, *arguments, platform="cuda")
+    assert re.findall(r"__cudnn\$\w+", text) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    assert "PADDING" in text  # lengths
+    tokens = WORKLOADS[workload].tokens
+    assert f"x{tokens}x{tokens}x" not in text
+    assert "cudnn" not in lowered(anew, *arguments, platform="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
@@ -100,13 +125,6 @@ def test_even_split(count, largest, size):
 def test_a_kernel_without_its_device_is_an_error(name, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(functools.partial(self_attention, implementation=name), *inputs(WORKLOADS["training"]))
-
-
-def device(platform, kind, **attributes):
-    return types.SimpleNamespace(platform=platform, device_kind=kind, **attributes)
-
-
-GPU = device("gpu", "NVIDIA H200", compute_capability="9.0")
 
 
 @pytest.mark.parametrize(
