@@ -6,6 +6,7 @@ softmax (its result is as small as its argument, and does not depend on the view
 
 import functools
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -16,10 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from kernels_pallas.deformable_attention import pallas_gpu, reference
+from kernels_pallas.deformable_attention import pallas_gpu, pallas_tpu, reference
 
-Implementation = Literal["auto", "xla", "pallas_gpu", "pallas_gpu_interpret"]
+Implementation = Literal["auto", "xla", "pallas_gpu", "pallas_gpu_interpret", "pallas_tpu", "pallas_tpu_interpret"]
+ON = {"gpu": "pallas_gpu", "tpu": "xla"}  # what "auto" takes, by platform; elsewhere XLA
 OLDEST_GPU = 8.0  # compute capability from which Triton works
+ORDERED = "xla_gpu_deterministic_ops"
 
 
 class Steps(NamedTuple):
@@ -29,15 +32,12 @@ class Steps(NamedTuple):
     backward: Callable
 
 
-XLA = Steps(reference.forward, reference.backward)
-PALLAS_GPU = Steps(pallas_gpu.forward, pallas_gpu.backward)
-IMPLEMENTATIONS = {
-    "xla": XLA,
-    "pallas_gpu": PALLAS_GPU,
-    "pallas_gpu_interpret": Steps(*(functools.partial(step, interpret=True) for step in PALLAS_GPU)),
-}
-# What "auto" takes in a program that is lowered for these platforms; elsewhere it takes XLA.
-CUDA, TPU = PALLAS_GPU, XLA
+KERNELS = {"pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
+IMPLEMENTATIONS = {"xla": Steps(reference.forward, reference.backward)}
+for _name, _module in KERNELS.items():
+    _steps = Steps(_module.forward, _module.backward)
+    IMPLEMENTATIONS[_name] = _steps
+    IMPLEMENTATIONS[f"{_name}_interpret"] = Steps(*(functools.partial(step, interpret=True) for step in _steps))
 
 
 def deformable_attention(
@@ -102,9 +102,11 @@ def multiview_deformable_attention(
       offsets: from the reference point, in cells of each level's map.
       logits: softmax over levels and points, per head.
       view_valid: where False the result is zero and no gradient flows, whatever the reference point holds.
-      deterministic: sum the features' gradient in a fixed order, so that the same input gives the same bits. XLA's
-        scatter does so anyway on CPU and TPU; on a GPU `"xla"` needs XLA's own flag for it.
-      implementation: `"auto"` follows the platform that the program is lowered for; `"xla"` runs anywhere.
+      deterministic: the same input must give the same bits. All implementations sum gradients in a fixed order, but
+        for `"xla"` on a GPU, where this is an error unless XLA's own flag for it is set.
+      implementation: `"auto"` follows the platform that the program is lowered for: `"pallas_gpu"` on NVIDIA GPUs
+        unless something is float64, else `"xla"`, with one warning where it is not the best for an accelerator.
+        `"pallas_gpu_interpret"` and `"pallas_tpu_interpret"` run a kernel's steps on any device, for tests: slowly.
 
     Returns:
       Samples per view in the features' dtype, accumulated in at least float32.
@@ -145,34 +147,37 @@ def _attend_by_name(features, reference_points, offsets, weights, view_valid, im
     """Sampling coordinates and weights are never below float32, and of one dtype."""
     dtype = jnp.result_type(reference_points, offsets, weights, jnp.float32)
     reference_points, offsets, weights = (x.astype(dtype) for x in (reference_points, offsets, weights))
-    name = _choose(implementation, features[0].dtype, dtype)
+    name = _choose(implementation, deterministic, features[0].dtype, dtype)
     if view_valid.size == 0:  # no blocks to make a grid of
         return jnp.zeros((*view_valid.shape, *features[0].shape[-2:]), features[0].dtype)
     arrays = _varying_alike((features, reference_points, offsets, weights, view_valid))
     return _attend(name, deterministic, *arrays)
 
 
-def _choose(implementation: str, *dtypes) -> str:
+def _choose(implementation: str, deterministic: bool, *dtypes) -> str:
     """The implementation's name; "auto" remains where the platform of the lowering decides."""
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation is {implementation!r}; expected one of {get_args(Implementation)}")
     device = jax.local_devices()[0]
-    obstacle = _obstacle(device)
-    if implementation == "pallas_gpu" and obstacle:
+    wide = "float64 is for 'xla'" if any(jnp.dtype(dtype).itemsize > 4 for dtype in dtypes) else ""
+    if implementation in NEEDS and (obstacle := NEEDS[implementation](device) or wide):
         raise ValueError(
-            f"implementation 'pallas_gpu' cannot run here: {obstacle}; 'auto' takes what can, 'pallas_gpu_interpret' "
-            "interprets the kernel, slowly, for tests"
+            f"implementation {implementation!r} cannot run here: {obstacle}; 'auto' takes what can, "
+            f"'{implementation}_interpret' interprets the kernel, slowly, for tests"
         )
-    if implementation != "auto":
-        return implementation
-    served = all(jnp.dtype(dtype).itemsize <= 4 for dtype in dtypes)
-    if device.platform == "gpu" and (obstacle or not served):
-        _warn(f"features are sampled in plain XLA, not by the kernel for GPUs: {obstacle or 'they are float64'}")
-        served = False
-    return "auto" if served else "xla"
+    name = implementation
+    if name == "auto":
+        best = ON.get(device.platform, "xla")
+        obstacle = best in NEEDS and NEEDS[best](device)
+        if best in NEEDS and (obstacle or wide):
+            _warn(f"features are sampled in plain XLA, not by the kernel {best!r}: {obstacle or wide}")
+        name = "xla" if obstacle or wide else "auto"
+    if deterministic and name == "xla" and device.platform == "gpu" and ORDERED not in os.environ.get("XLA_FLAGS", ""):
+        raise ValueError(f"deterministic: on a GPU 'xla' adds in any order unless XLA_FLAGS contains --{ORDERED}=true")
+    return name
 
 
-def _obstacle(device: Any) -> str:
+def _obstacle_of_gpu(device: Any) -> str:
     """Why `pallas_gpu` cannot run on this device; empty if it can."""
     capability = str(getattr(device, "compute_capability", ""))
     if device.platform != "gpu" or not re.fullmatch(r"\d+\.\d+", capability):
@@ -180,6 +185,13 @@ def _obstacle(device: Any) -> str:
     if float(capability) < OLDEST_GPU:
         return f"it needs compute capability {OLDEST_GPU}, and {device.device_kind!r} has {capability}"
     return ""
+
+
+def _obstacle_of_tpu(device: Any) -> str:
+    return "" if device.platform == "tpu" else f"it needs a TPU, and this is {device.device_kind!r}"
+
+
+NEEDS = {"pallas_gpu": _obstacle_of_gpu, "pallas_tpu": _obstacle_of_tpu}
 
 
 @functools.cache
@@ -211,8 +223,8 @@ def _dispatch(name: str, run: Callable) -> Callable:
     """`run` with the named implementation, or with the best for the platform that the program is lowered for."""
     if name != "auto":
         return functools.partial(run, IMPLEMENTATIONS[name])
-    cuda, tpu, default = (functools.partial(run, steps) for steps in (CUDA, TPU, XLA))
-    return lambda *arrays: lax.platform_dependent(*arrays, cuda=cuda, tpu=tpu, default=default)
+    gpu, tpu, default = (functools.partial(run, IMPLEMENTATIONS[best]) for best in (ON["gpu"], ON["tpu"], "xla"))
+    return lambda *arrays: lax.platform_dependent(*arrays, cuda=gpu, tpu=tpu, default=default)
 
 
 def _as_more_scenes(function: Callable) -> Callable:

@@ -94,18 +94,38 @@ def test_the_kernels_are_taken_inside_transformations(transform):
     assert lowered(mapped, *arguments, platform="cuda").count(KERNEL) == 4
 
 
-def test_too_many_images_for_one_sort_are_an_error():
-    arguments = shapes(WORKLOADS["quickstart"]._replace(scenes=2**13, queries=1, maps=((1, 1), (1, 1))))
-    with pytest.raises(ValueError, match="scenes x views: expected fewer than 32768, got 32768"):
-        jax.eval_shape(pallas_gpu.forward, *arguments)
+def test_on_a_mesh_every_device_has_its_scenes_and_heads():
+    mesh = AbstractMesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, abstract_device=H200)
+    scenes, *_, heads, channels, _, maps = case = WORKLOADS["quickstart"]
+    assert (scenes, heads) == (2, 4)  # scenes over one axis, heads over the other
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(gradient).trace(*shapes(case)).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if KERNEL in line]
+    (height, width), views = maps[0], case.views
+    assert len(calls) == 4
+    assert all(f"{views}x{height * width}x{channels}xbf16" in call for call in calls if "sum_by_cell" not in call)
+
+
+def test_too_many_cells_are_an_error():
+    arguments = shapes(WORKLOADS["quickstart"]._replace(scenes=2**18, heads=2**5, queries=1))
+    d_out = jax.ShapeDtypeStruct((2**18, 4, 1, 2**5, 24), "bfloat16")
+    with pytest.raises(ValueError, match=r"below 2\^31, got 262144 x 32 x 841"):
+        jax.eval_shape(functools.partial(pallas_gpu.backward, deterministic=True), *arguments, d_out)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
-def test_a_kernel_without_its_device_is_an_error():
-    for name, message in (("pallas_gpu", "cannot run here: it needs an NVIDIA GPU"), ("cuda", "expected one of")):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pallas_gpu", "cannot run here: it needs an NVIDIA GPU"),
+        ("pallas_tpu", "cannot run here: it needs a TPU"),
+        ("cuda", "expected one of"),
+    ],
+)
+def test_a_kernel_without_its_device_is_an_error(name, message):
+    with pytest.raises(ValueError, match=message):
         attend = functools.partial(multiview_deformable_attention, implementation=name)
-        with pytest.raises(ValueError, match=message):
-            jax.eval_shape(attend, *shapes(WORKLOADS["quickstart"]))
+        jax.eval_shape(attend, *shapes(WORKLOADS["quickstart"]))
 
 
 def device(platform, kind, **attributes):
@@ -116,7 +136,7 @@ def device(platform, kind, **attributes):
     ("first", "dtype", "expected", "warning"),
     [
         (device("gpu", "NVIDIA H200", compute_capability="9.0"), "float32", "auto", None),
-        (device("gpu", "NVIDIA H200", compute_capability="9.0"), "float64", "xla", "they are float64"),
+        (device("gpu", "NVIDIA H200", compute_capability="9.0"), "float64", "xla", "float64 is for 'xla'"),
         (device("gpu", "Tesla T4", compute_capability="7.5"), "float32", "xla", "'Tesla T4' has 7.5"),
         (device("gpu", "AMD MI300", compute_capability="gfx942"), "float32", "xla", "needs an NVIDIA GPU"),
         (device("cpu", "cpu"), "float32", "auto", None),
@@ -128,6 +148,18 @@ def test_an_accelerator_that_is_not_served_warns_once(monkeypatch, first, dtype,
     api._warn.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert [api._choose("auto", jnp.dtype("bfloat16"), jnp.dtype(dtype)) for _ in range(2)] == [expected] * 2
+        assert [api._choose("auto", False, jnp.dtype("bfloat16"), jnp.dtype(dtype)) for _ in range(2)] == [expected] * 2
     assert [str(w.message) for w in caught if not (warning and warning in str(w.message))] == []
     assert len(caught) == (warning is not None)
+
+
+def test_a_fixed_order_is_not_promised_where_xla_adds_in_any(monkeypatch):
+    h200 = device("gpu", "NVIDIA H200", compute_capability="9.0")
+    monkeypatch.setattr(jax, "local_devices", lambda: [h200])
+    assert api._choose("auto", True, jnp.dtype("float32")) == "auto"
+    with pytest.raises(ValueError, match="deterministic: on a GPU 'xla' adds in any order"):
+        api._choose("xla", True, jnp.dtype("float32"))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    assert api._choose("xla", True, jnp.dtype("float32")) == "xla"
+    with pytest.raises(ValueError, match="'pallas_gpu' cannot run here: float64"):
+        api._choose("pallas_gpu", False, jnp.dtype("float64"))

@@ -13,6 +13,11 @@ from kernels_pallas.deformable_attention.api import IMPLEMENTATIONS
 SIZES = ((7, 5), (4, 9))  # no multiples of anything
 RUN_ANYWHERE = [name for name in IMPLEMENTATIONS if name == "xla" or name.endswith("_interpret")]
 every = pytest.mark.parametrize("implementation", RUN_ANYWHERE)
+# Where interpreting the matrix products of the TPU's kernel takes long.
+every_patiently = pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "pallas_tpu_interpret")) for name in RUN_ANYWHERE],
+)
 
 
 def sample(maps, x, y):
@@ -91,24 +96,37 @@ def close(ours, expected, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max(initial=1e-30), rtol=0)
 
 
-@every
-@pytest.mark.parametrize(
-    "case",
-    [
-        dict(channels=24, points=4),
-        dict(channels=48, points=8, views=1, count=5),
-        dict(channels=32, points=1, batch=1, count=33, heads=3, sizes=((6, 11),)),
-        dict(channels=64, points=16, batch=1, views=2, count=3, heads=1, sizes=((1, 1), (5, 17))),
-    ],
-    ids=lambda case: f"{case['channels']}x{case['points']}",
-)
-def test_values_and_gradients_are_those_of_the_definition(rng, implementation, case):
+def error(ours, expected):
+    """Relative L2."""
+    ours, expected = (np.asarray(x, np.float64) for x in (ours, expected))
+    return np.linalg.norm(ours - expected) / np.linalg.norm(expected)
+
+
+def compare(rng, implementation, **case):
     arguments = make(rng, **case)
     d_out = rng.normal(size=(*arguments[-1].shape, arguments[2].shape[2], arguments[0][0].shape[-1]))
     close(run(*narrow((*arguments, d_out)), implementation), define_multiview(*arguments, d_out), 1e-5)
 
 
 @every
+@pytest.mark.parametrize("case", [dict(), dict(channels=32, points=1, batch=1, count=33, heads=3, sizes=((6, 11),))])
+def test_values_and_gradients_are_those_of_the_definition(rng, implementation, case):
+    compare(rng, implementation, **case)
+
+
+@every_patiently
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(channels=48, points=8, views=1, count=5),
+        dict(channels=64, points=16, batch=1, views=2, count=3, heads=1, sizes=((1, 1), (5, 17))),
+    ],
+)
+def test_wider_heads_and_more_points(rng, implementation, case):
+    compare(rng, implementation, **case)
+
+
+@every_patiently
 def test_half_precision(rng, implementation):
     arguments = make(rng, batch=1, count=40, channels=48, points=8)
     d_out = rng.normal(size=(*arguments[-1].shape, 2, 48))
@@ -119,15 +137,12 @@ def test_half_precision(rng, implementation):
     assert {x.dtype for x in gradients[1:]} == {jnp.dtype("float32")}
     expected, expected_gradients = define_multiview(*arguments, d_out)
 
-    def error(a, b):
-        return np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
-
     assert error(out, expected) < 1e-2
     for a, b in zip(*map(jax.tree.leaves, (gradients, expected_gradients)), strict=True):
         assert error(a, b) < 2e-2
 
 
-@every
+@every_patiently
 def test_samples_are_accumulated_in_float32(rng, implementation):
     features, *rest = narrow(make(rng, batch=1, count=40, channels=48, points=8))
     d_out = jnp.zeros((1, 3, 40, 2, 48))
@@ -135,8 +150,7 @@ def test_samples_are_accumulated_in_float32(rng, implementation):
     ours, _ = run(half, *rest, d_out, implementation)
     weights = jax.nn.softmax(rest[2], axis=(3, 4))
     rounded = jax.jit(reference.forward)(narrow(half), *rest[:2], weights, rest[3])
-    # The same sums: only the result is rounded.
-    np.testing.assert_allclose(narrow(ours), rounded, rtol=2**-8, atol=1e-6)
+    assert error(ours, rounded) < 3e-3  # rounding the result alone makes 1.7e-3, sums in bfloat16 4.0e-3
 
 
 @every
@@ -239,7 +253,7 @@ def test_works_inside_shard_map(rng, implementation):
     close(jax.jit(mapped)(*arguments), jax.jit(functools.partial(gradients, "xla"))(*arguments), 1e-5)
 
 
-@every
+@every_patiently
 def test_one_view_with_given_locations_and_weights(rng, implementation):
     features, _, locations, weights, valid = make(rng, batch=6, views=1, count=7)
     locations, sizes = 0.2 * locations + 0.5, np.array(SIZES)[:, None, ::-1]
