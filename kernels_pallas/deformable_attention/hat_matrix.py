@@ -178,10 +178,11 @@ def _range(cells, inside, size: int, tile: int):
 def _each_row(samples: Samples, functions_of, *into: Ref) -> None:
     """Functions of the distance (P, Q) of a row from the samples, for all rows of the tiles that are visited."""
 
-    @pl.loop(samples.top * ROWS, samples.bottom * ROWS)
-    def _(row):
-        for ref, value in zip(into, functions_of(row.astype(jnp.float32) - samples.y), strict=True):
-            ref[row] = value
+    @pl.loop(samples.top, samples.bottom)
+    def _(tile_y):
+        for row in (tile_y * ROWS + i for i in range(ROWS)):
+            for ref, value in zip(into, functions_of(row.astype(jnp.float32) - samples.y), strict=True):
+                ref[row] = value
 
 
 def _distances(x: Float[Array, "p q"], tile) -> list[Float[Array, "columns q"]]:
