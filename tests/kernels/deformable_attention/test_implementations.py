@@ -1,6 +1,10 @@
 """Every implementation against the definition in float64: values, gradients, masks, borders, odd sizes, types, bits."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -229,7 +233,7 @@ def gradients(implementation, *arrays):
     return jax.grad(loss, tuple(range(4)))(*arrays[:-1])
 
 
-@every
+@every_patiently
 def test_vmap_is_one_after_the_other(rng, implementation):
     features, points, offsets, logits, valid = narrow(make(rng, batch=4, count=9, points=1, sizes=((6, 4),)))
 
@@ -242,7 +246,7 @@ def test_vmap_is_one_after_the_other(rng, implementation):
     close(ours, jax.jit(functools.partial(gradients, "xla"))(features, points, offsets, logits, valid), 1e-5)
 
 
-@every
+@every_patiently
 def test_works_inside_shard_map(rng, implementation):
     arguments = narrow(make(rng, batch=1, count=9, points=1, sizes=((6, 4),)))
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -251,6 +255,29 @@ def test_works_inside_shard_map(rng, implementation):
     specs = dict(mesh=mesh, in_specs=data, out_specs=data, check_vma=implementation == "xla")
     mapped = jax.shard_map(functools.partial(gradients, implementation), **specs)
     close(jax.jit(mapped)(*arguments), jax.jit(functools.partial(gradients, "xla"))(*arguments), 1e-5)
+
+
+ON_FOUR_DEVICES = """
+import sys
+sys.path.insert(0, {folder!r})
+from test_implementations import *
+
+arguments = narrow(make(np.random.default_rng(0), batch=2, views=2, count=20, points=1, sizes=((6, 4),)))
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+everywhere = jax.device_put(arguments, jax.NamedSharding(mesh, jax.P()))
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    ours = jax.jit(functools.partial(gradients, {implementation!r}))(*everywhere)
+assert ours[2].sharding.shard_shape(ours[2].shape) == (1, 20, 1, 1, 1, 2), ours[2].sharding
+close(ours, jax.jit(functools.partial(gradients, "xla"))(*arguments), 1e-5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", [name for name in RUN_ANYWHERE if name != "xla"])
+def test_on_a_mesh_every_device_has_its_scenes_and_heads(implementation):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    program = ON_FOUR_DEVICES.format(folder=str(Path(__file__).parent), implementation=implementation)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
 
 
 @every_patiently
