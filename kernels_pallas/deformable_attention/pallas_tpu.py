@@ -2,7 +2,7 @@
 
 The kernels visit the part of a map that a block of 128 queries looks at, so queries are first put along a Morton curve:
 one order for all views, since offsets have no view. Two views fix a place in space, and neighbours in space are
-neighbours in every view. Here is what surrounds the kernels: that order, the layouts, and the division on a mesh.
+neighbours in every view. Here is what surrounds the kernels: that order, and the layouts.
 
 The grid runs head by head and view by view; sums over queries and views stay in on-chip memory, in a fixed order: the
 same input gives the same bits.
@@ -10,8 +10,6 @@ same input gives the same bits.
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +17,11 @@ from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.deformable_attention import reference
 from kernels_pallas.deformable_attention.hat_matrix import COLUMNS, QUERIES, ROWS, backward_kernel, forward_kernel
+from kernels_pallas.deformable_attention.mesh import on_mesh
 
 MORTON_BITS = 8  # of each of three coordinates
 MEMORY = 56 * 2**20  # bytes of on-chip memory that a kernel may take; v5e, v5p and v6e have at least 64 MiB
@@ -39,15 +37,10 @@ def forward(
     interpret: bool = False,
 ) -> Float[Array, "b v n k c"]:
     """Arguments and result as in reference.py; features are bfloat16 or float32, the rest is float32."""
+    arrays = features, reference_points, offsets, weights, view_valid
     if _too_large(features):
-        return reference.forward(features, reference_points, offsets, weights, view_valid)
-    parts = _parts(weights)
-    return parts.run(
-        functools.partial(_forward, interpret=interpret),
-        (features, reference_points, offsets, weights, view_valid),
-        (parts.maps, parts.views, parts.samples, parts.samples, parts.views),
-        parts.values,
-    )
+        return reference.forward(*arrays)
+    return on_mesh(functools.partial(_forward, interpret=interpret), weights, arrays, (4, None, 2, 2, None), 3)
 
 
 def backward(
@@ -65,67 +58,8 @@ def backward(
     arrays = features, reference_points, offsets, weights, view_valid, d_out
     if _too_large(features):
         return reference.backward(*arrays, deterministic=deterministic)
-    parts = _parts(weights)
-
-    def local(*arrays):
-        d_features, d_points, d_offsets, d_weights = _backward_in_turns(*arrays, interpret=interpret)
-        return d_features, lax.psum(d_points, parts.heads) if parts.heads else d_points, d_offsets, d_weights
-
-    results = parts.maps, parts.views, parts.samples, parts.samples
-    return parts.run(local, arrays, (*results, parts.views, parts.values), results)
-
-
-class Parts(NamedTuple):
-    """The axes of the ambient mesh that split the scenes, those that split the heads, and the axes not yet manual."""
-
-    scenes: tuple[str, ...]
-    heads: tuple[str, ...]
-    free: tuple[str, ...]
-
-    @property
-    def maps(self) -> P:
-        """Of features."""
-        return P(self.scenes, None, None, None, self.heads)
-
-    @property
-    def views(self) -> P:
-        """Of reference points and validity."""
-        return P(self.scenes)
-
-    @property
-    def samples(self) -> P:
-        """Of offsets and weights."""
-        return P(self.scenes, None, self.heads)
-
-    @property
-    def values(self) -> P:
-        """Of the result."""
-        return P(self.scenes, None, None, self.heads)
-
-    def run(self, function: Callable, arrays: tuple, in_specs: tuple, out_specs):
-        """Every device works on its own scenes and heads: XLA cannot split a kernel's call by itself."""
-        mesh = jax.sharding.get_abstract_mesh()
-        if math.prod(mesh.shape[name] for name in self.free) == 1:
-            return function(*arrays)
-        # The kernels' results vary over the axes of some arguments only; they do not say so.
-        free = frozenset(self.free)
-        mapped = jax.shard_map(
-            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=False
-        )
-        return mapped(*arrays)
-
-
-def _parts(weights: Float[Array, "b n k l p"]) -> Parts:
-    """Scenes are split like a batch, over all axes that divide them; heads over those that are left."""
-    mesh = jax.sharding.get_abstract_mesh()
-    free = tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
-    split: tuple[list[str], list[str]] = [], []
-    for name in free:
-        for names, length in zip(split, (weights.shape[0], weights.shape[2]), strict=True):
-            if length % math.prod(mesh.shape[n] for n in (*names, name)) == 0:
-                names.append(name)
-                break
-    return Parts(tuple(split[0]), tuple(split[1]), free)
+    heads_in, heads_out = (4, None, 2, 2, None, 3), (4, None, 2, 2)
+    return on_mesh(functools.partial(_backward_in_turns, interpret=interpret), weights, arrays, heads_in, heads_out)
 
 
 def _too_large(features) -> bool:
@@ -134,7 +68,9 @@ def _too_large(features) -> bool:
     return cells * features[0].shape[-1] * (4 * features[0].dtype.itemsize + 4) > MEMORY // 2
 
 
-def _forward(features, reference_points, offsets, weights, view_valid, *, interpret):
+def _forward(axes, features, reference_points, offsets, weights, view_valid, *, interpret):
+    """The result, of one device's scenes and heads."""
+    del axes
     batch, views, count = view_valid.shape
     heads, levels, points = weights.shape[2:]
     channels, dtype = features[0].shape[-1], features[0].dtype
@@ -165,8 +101,8 @@ def _forward(features, reference_points, offsets, weights, view_valid, *, interp
     return rearrange(out, "b v n (k c) -> b v n k c", k=heads)
 
 
-def _backward_in_turns(features, points, offsets, weights, valid, d_out, *, interpret):
-    """So many queries at a time that the sums over their views find room on the chip."""
+def _backward_in_turns(axes, features, points, offsets, weights, valid, d_out, *, interpret):
+    """Gradients of one device's scenes and heads, by so many queries at a time that sums over views have room."""
     samples = math.prod(weights.shape[3:])
     at_once = MEMORY // 2 // (2 * 3 * 4 * samples) // QUERIES * QUERIES
     turns = [slice(i, i + at_once) for i in range(0, max(weights.shape[1], 1), at_once)]
@@ -180,7 +116,8 @@ def _backward_in_turns(features, points, offsets, weights, valid, d_out, *, inte
         strict=True,
     )
     d_features = tuple(sum(x.astype(jnp.float32) for x in d).astype(d[0].dtype) for d in zip(*d_features, strict=True))
-    return d_features, jnp.concatenate(d_points, 2), jnp.concatenate(d_offsets, 1), jnp.concatenate(d_weights, 1)
+    d_points = lax.psum(jnp.concatenate(d_points, axis=2), axes)
+    return d_features, d_points, jnp.concatenate(d_offsets, 1), jnp.concatenate(d_weights, 1)
 
 
 def _backward(features, reference_points, offsets, weights, view_valid, d_out, interpret):
