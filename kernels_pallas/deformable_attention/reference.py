@@ -15,31 +15,19 @@ from jaxtyping import Array, Bool, Float, Int
 SAMPLES = 2**15  # of one view and level whose rows the backward pass holds at a time
 
 
-def deformable_attention(
-    features: tuple[Float[Array, "b _h_l _w_l k c"], ...],
-    locations: Float[Array, "b n k l p 2"],
-    weights: Float[Array, "b n k l p"],
-) -> Float[Array, "b n k c"]:
-    """See `api.deformable_attention`; one leading axis."""
-    levels = []
-    for level, maps in enumerate(features):
-        size = jnp.array([maps.shape[2], maps.shape[1]], locations.dtype)
-        pixels = locations[..., level, :, :] * size - 0.5
-        levels.append(_sample(maps, pixels, weights[..., level, :]))
-    return sum(levels).astype(features[0].dtype)
-
-
-def multiview_deformable_attention(
+def forward(
     features: tuple[Float[Array, "b v _h_l _w_l k c"], ...],
     reference_points: Float[Array, "b v n 2"],
     offsets: Float[Array, "b n k l p 2"],
-    logits: Float[Array, "b n k l p"],
+    weights: Float[Array, "b n k l p"],
     view_valid: Bool[Array, "b v n"],
 ) -> Float[Array, "b v n k c"]:
-    """See `api.multiview_deformable_attention`."""
+    """Sum over levels and points of weight times the bilinear sample, per query, view and head.
+
+    Arguments as of `api.multiview_deformable_attention`, but for `weights`, the softmax of its logits; coordinates and
+    weights are of one dtype, at least float32. The result is in the features' dtype.
+    """
     batch, views = reference_points.shape[:2]
-    shape = logits.shape
-    weights = jax.nn.softmax(logits.reshape(*shape[:3], -1), axis=-1).reshape(shape)
     weights = weights[:, None] * view_valid[..., None, None, None]
     # A point behind the camera projects anywhere, NaN included once offsets are added: keep it at the corner.
     reference_points = jnp.where(view_valid[..., None], reference_points, 0.0)
@@ -50,6 +38,25 @@ def multiview_deformable_attention(
         flat = (rearrange(x, "b v ... -> (b v) ...") for x in (maps, pixels, weights[..., level, :]))
         levels.append(_sample(*flat))
     return rearrange(sum(levels), "(b v) n k c -> b v n k c", b=batch, v=views).astype(features[0].dtype)
+
+
+def backward(
+    features: tuple[Float[Array, "b v _h_l _w_l k c"], ...],
+    reference_points: Float[Array, "b v n 2"],
+    offsets: Float[Array, "b n k l p 2"],
+    weights: Float[Array, "b n k l p"],
+    view_valid: Bool[Array, "b v n"],
+    d_out: Float[Array, "b v n k c"],
+    *,
+    deterministic: bool,
+) -> tuple[tuple[Array, ...], Array, Array, Array]:
+    """Gradients of vdot(d_out, forward(...)) by features, reference points, offsets and weights, in their dtypes.
+
+    `deterministic` asks for sums in a fixed order: how XLA's scatter adds is not decided here.
+    """
+    del deterministic
+    arrays = features, reference_points, offsets, weights
+    return jax.vjp(lambda *arrays: forward(*arrays, view_valid), *arrays)[1](d_out)
 
 
 @jax.checkpoint

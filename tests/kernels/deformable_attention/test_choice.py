@@ -1,0 +1,165 @@
+"""Which implementation is taken: by name, by the platform of the lowering, and what is said when none fits."""
+
+import contextlib
+import functools
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from kernels_pallas.deformable_attention import api, deformable_attention, multiview_deformable_attention, pallas_gpu
+from kernels_pallas.deformable_attention.shapes import WORKLOADS
+
+KERNEL = "xla.gpu.triton"
+H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+
+
+def lowered(function, *arguments, platform):
+    """The program's text for a platform that need not be there; newer jax versions want to know which GPU it is."""
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=H200)
+    with jax.sharding.use_abstract_mesh(mesh) if platform == "cuda" else contextlib.nullcontext():
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+def shapes(workload, dtype="bfloat16", wide="float32"):
+    """Arguments of a call."""
+    scenes, views, queries, heads, channels, points, maps = workload
+    features = tuple(jax.ShapeDtypeStruct((scenes, views, *size, heads, channels), dtype) for size in maps)
+    samples = (scenes, queries, heads, len(maps), points)
+    others = [jax.ShapeDtypeStruct(s, wide) for s in ((scenes, views, queries, 2), (*samples, 2), samples)]
+    return features, *others, jax.ShapeDtypeStruct((scenes, views, queries), bool)
+
+
+def gradient(*arrays):
+    """Of a loss, by everything that has one."""
+
+    def loss(*moved):
+        return jnp.sum(multiview_deformable_attention(*moved, arrays[-1]).astype(jnp.float32) ** 2)
+
+    return jax.grad(loss, tuple(range(4)))(*arrays[:-1])
+
+
+@pytest.mark.parametrize(
+    ("workload", "dtype"),
+    [*((name, "bfloat16") for name in WORKLOADS), ("training", "float32"), ("proposal", "float16")],
+)
+def test_lowering_for_cuda_takes_the_kernels(workload, dtype):
+    arguments = shapes(WORKLOADS[workload], dtype)
+    text = lowered(multiview_deformable_attention, *arguments, platform="cuda")
+    assert text.count(KERNEL) == 1
+    assert 'name = "deformable_forward"' in text
+    text = lowered(gradient, *arguments, platform="cuda")
+    kernels = ("deformable_forward", "deformable_backward", "deformable_sum_by_cell")
+    assert text.count(KERNEL) == 4  # the last once for each level
+    assert all(f'name = "{kernel}"' in text for kernel in kernels)
+    assert "scatter" not in text  # which the GPU would carry out with atomic additions, in any order
+
+
+@pytest.mark.parametrize("channels", [1, 20, 24, 32, 48, 64])
+def test_every_head_width_can_be_lowered(channels):
+    arguments = shapes(WORKLOADS["quickstart"]._replace(channels=channels))
+    assert lowered(gradient, *arguments, platform="cuda").count(KERNEL) == 4
+
+
+def test_one_view_is_served_by_the_same_kernel():
+    (features, _, locations, weights, _) = shapes(WORKLOADS["quickstart"])
+    features = tuple(jax.ShapeDtypeStruct(m.shape[:1] + m.shape[2:], m.dtype) for m in features)
+    assert lowered(deformable_attention, features, locations, weights, platform="cuda").count(KERNEL) == 1
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_lowering_for_others_takes_no_kernel_for_gpus(platform):
+    assert KERNEL not in lowered(gradient, *shapes(WORKLOADS["quickstart"]), platform=platform)
+
+
+def test_float64_is_left_to_xla():
+    with jax.enable_x64(True):
+        for dtypes in (("float64", "float32"), ("float32", "float64")):
+            arguments = shapes(WORKLOADS["quickstart"], *dtypes)
+            assert KERNEL not in lowered(multiview_deformable_attention, *arguments, platform="cuda")
+
+
+@pytest.mark.parametrize("transform", ["vmap", "shard_map"])
+def test_the_kernels_are_taken_inside_transformations(transform):
+    arguments = shapes(WORKLOADS["quickstart"])
+    if transform == "vmap":
+        arguments = jax.tree.map(lambda s: jax.ShapeDtypeStruct((3, *s.shape), s.dtype), arguments)
+        mapped = jax.vmap(gradient)
+    else:
+        spec = jax.sharding.PartitionSpec("x")
+        mapped = jax.shard_map(gradient, in_specs=spec, out_specs=spec)
+    assert lowered(mapped, *arguments, platform="cuda").count(KERNEL) == 4
+
+
+def test_on_a_mesh_every_device_has_its_scenes_and_heads():
+    mesh = AbstractMesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, abstract_device=H200)
+    scenes, *_, heads, channels, _, maps = case = WORKLOADS["quickstart"]
+    assert (scenes, heads) == (2, 4)  # scenes over one axis, heads over the other
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(gradient).trace(*shapes(case)).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if KERNEL in line]
+    (height, width), views = maps[0], case.views
+    assert len(calls) == 4
+    assert all(f"{views}x{height * width}x{channels}xbf16" in call for call in calls if "sum_by_cell" not in call)
+
+
+def test_too_many_cells_are_an_error():
+    arguments = shapes(WORKLOADS["quickstart"]._replace(scenes=2**18, heads=2**5, queries=1))
+    d_out = jax.ShapeDtypeStruct((2**18, 4, 1, 2**5, 24), "bfloat16")
+    with pytest.raises(ValueError, match=r"below 2\^31, got 262144 x 32 x 841"):
+        jax.eval_shape(functools.partial(pallas_gpu.backward, deterministic=True), *arguments, d_out)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pallas_gpu", "cannot run here: it needs an NVIDIA GPU"),
+        ("pallas_tpu", "cannot run here: it needs a TPU"),
+        ("cuda", "expected one of"),
+    ],
+)
+def test_a_kernel_without_its_device_is_an_error(name, message):
+    with pytest.raises(ValueError, match=message):
+        attend = functools.partial(multiview_deformable_attention, implementation=name)
+        jax.eval_shape(attend, *shapes(WORKLOADS["quickstart"]))
+
+
+def device(platform, kind, **attributes):
+    return types.SimpleNamespace(platform=platform, device_kind=kind, **attributes)
+
+
+@pytest.mark.parametrize(
+    ("first", "dtype", "expected", "warning"),
+    [
+        (device("gpu", "NVIDIA H200", compute_capability="9.0"), "float32", "auto", None),
+        (device("gpu", "NVIDIA H200", compute_capability="9.0"), "float64", "xla", "float64 is for 'xla'"),
+        (device("gpu", "Tesla T4", compute_capability="7.5"), "float32", "xla", "'Tesla T4' has 7.5"),
+        (device("gpu", "AMD MI300", compute_capability="gfx942"), "float32", "xla", "needs an NVIDIA GPU"),
+        (device("cpu", "cpu"), "float32", "auto", None),
+        (device("cpu", "cpu"), "float64", "xla", None),
+    ],
+)
+def test_an_accelerator_that_is_not_served_warns_once(monkeypatch, first, dtype, expected, warning):
+    monkeypatch.setattr(jax, "local_devices", lambda: [first])
+    api._warn.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [api._choose("auto", False, jnp.dtype("bfloat16"), jnp.dtype(dtype)) for _ in range(2)] == [expected] * 2
+    assert [str(w.message) for w in caught if not (warning and warning in str(w.message))] == []
+    assert len(caught) == (warning is not None)
+
+
+def test_a_fixed_order_is_not_promised_where_xla_adds_in_any(monkeypatch):
+    h200 = device("gpu", "NVIDIA H200", compute_capability="9.0")
+    monkeypatch.setattr(jax, "local_devices", lambda: [h200])
+    assert api._choose("auto", True, jnp.dtype("float32")) == "auto"
+    with pytest.raises(ValueError, match="deterministic: on a GPU 'xla' adds in any order"):
+        api._choose("xla", True, jnp.dtype("float32"))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    assert api._choose("xla", True, jnp.dtype("float32")) == "xla"
+    with pytest.raises(ValueError, match="'pallas_gpu' cannot run here: float64"):
+        api._choose("pallas_gpu", False, jnp.dtype("float64"))
