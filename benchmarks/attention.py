@@ -24,9 +24,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernels_pallas.deformable_attention.shapes import WORKLOADS, Workload
-from kernels_pallas.self_attention import self_attention
-from kernels_pallas.self_attention.shapes import WORKLOADS as SELF_WORKLOADS
 from measuring import (
     compiled_memory,
     environment,
@@ -40,6 +37,9 @@ from measuring import (
 )
 
 from kernels_pallas.deformable_attention import multiview_deformable_attention
+from kernels_pallas.deformable_attention.shapes import WORKLOADS, Workload
+from kernels_pallas.self_attention import self_attention
+from kernels_pallas.self_attention.shapes import WORKLOADS as SELF_WORKLOADS
 
 STEPS = ("forward", "forward_backward")
 GROWTH = [(queries, views) for queries in (4096, 16_384, 65_536) for views in (1, 4, 21)]

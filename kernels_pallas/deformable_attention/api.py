@@ -7,10 +7,8 @@ softmax (its result is as small as its argument, and does not depend on the view
 import functools
 import math
 import os
-import re
-import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +16,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.deformable_attention import pallas_gpu, pallas_tpu, reference
+from kernels_pallas.mesh import varying_alike
+from kernels_pallas.platforms import obstacle_of_gpu, obstacle_of_tpu, warn_once
 
 Implementation = Literal["auto", "xla", "pallas_gpu", "pallas_gpu_interpret", "pallas_tpu", "pallas_tpu_interpret"]
-ON = {"gpu": "pallas_gpu", "tpu": "xla"}  # what "auto" takes, by platform; elsewhere XLA
-OLDEST_GPU = 8.0  # compute capability from which Triton works
+ON = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # what "auto" takes, by platform; elsewhere XLA
 ORDERED = "xla_gpu_deterministic_ops"
 
 
@@ -150,7 +149,7 @@ def _attend_by_name(features, reference_points, offsets, weights, view_valid, im
     name = _choose(implementation, deterministic, features[0].dtype, dtype)
     if view_valid.size == 0:  # no blocks to make a grid of
         return jnp.zeros((*view_valid.shape, *features[0].shape[-2:]), features[0].dtype)
-    arrays = _varying_alike((features, reference_points, offsets, weights, view_valid))
+    arrays = varying_alike((features, reference_points, offsets, weights, view_valid))
     return _attend(name, deterministic, *arrays)
 
 
@@ -170,34 +169,14 @@ def _choose(implementation: str, deterministic: bool, *dtypes) -> str:
         best = ON.get(device.platform, "xla")
         obstacle = best in NEEDS and NEEDS[best](device)
         if best in NEEDS and (obstacle or wide):
-            _warn(f"features are sampled in plain XLA, not by the kernel {best!r}: {obstacle or wide}")
+            warn_once(f"features are sampled in plain XLA, not by the kernel {best!r}: {obstacle or wide}")
         name = "xla" if obstacle or wide else "auto"
     if deterministic and name == "xla" and device.platform == "gpu" and ORDERED not in os.environ.get("XLA_FLAGS", ""):
         raise ValueError(f"deterministic: on a GPU 'xla' adds in any order unless XLA_FLAGS contains --{ORDERED}=true")
     return name
 
 
-def _obstacle_of_gpu(device: Any) -> str:
-    """Why `pallas_gpu` cannot run on this device; empty if it can."""
-    capability = str(getattr(device, "compute_capability", ""))
-    if device.platform != "gpu" or not re.fullmatch(r"\d+\.\d+", capability):
-        return f"it needs an NVIDIA GPU, and this is {device.device_kind!r}"
-    if float(capability) < OLDEST_GPU:
-        return f"it needs compute capability {OLDEST_GPU}, and {device.device_kind!r} has {capability}"
-    return ""
-
-
-def _obstacle_of_tpu(device: Any) -> str:
-    return "" if device.platform == "tpu" else f"it needs a TPU, and this is {device.device_kind!r}"
-
-
-NEEDS = {"pallas_gpu": _obstacle_of_gpu, "pallas_tpu": _obstacle_of_tpu}
-
-
-@functools.cache
-def _warn(message: str) -> None:
-    """Warns once."""
-    warnings.warn(message, stacklevel=2)
+NEEDS = {"pallas_gpu": obstacle_of_gpu, "pallas_tpu": obstacle_of_tpu}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -244,14 +223,3 @@ def _as_more_scenes(function: Callable) -> Callable:
         )
 
     return mapped
-
-
-def _varying_alike(tree):
-    """The same arrays, inside `shard_map` all typed as varying over every axis over which one of them does."""
-    axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree)))
-
-    def cast(x):
-        missing = axes - jax.typeof(x).manual_axis_type.varying
-        return lax.pcast(x, tuple(missing), to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)

@@ -170,8 +170,10 @@ def _range(cells, inside, size: int, tile: int):
     """The first tile that the samples touch along one axis, and one more than the last."""
     low = jnp.min(jnp.where(inside, cells, size))
     high = jnp.max(jnp.where(inside, cells, -2.0))
-    first = jnp.maximum(low, 0.0).astype(jnp.int32) // tile
-    last = jnp.minimum(high + 1, size - 1.0).astype(jnp.int32) // tile
+    # Not `//`: jax lowers its sign by the generation of the TPU, which a program for none in particular does not know.
+    first, last = (
+        lax.div(x.astype(jnp.int32), tile) for x in (jnp.maximum(low, 0.0), jnp.minimum(high + 1, size - 1.0))
+    )
     return first, jnp.where(high >= low, last + 1, first)
 
 

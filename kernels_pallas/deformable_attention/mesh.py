@@ -1,12 +1,13 @@
 """Division of a kernel's work among the devices of the ambient mesh: XLA cannot split a kernel's call by itself."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
+
+from kernels_pallas.mesh import free_axes, split_axes
 
 
 def on_mesh(function: Callable, weights: Float[Array, "b n k l p"], arrays: tuple, heads_in: tuple, heads_out: Any):
@@ -21,23 +22,17 @@ def on_mesh(function: Callable, weights: Float[Array, "b n k l p"], arrays: tupl
       heads_in: for each of `arrays` which axis is heads, None if it has none.
       heads_out: the same for each result.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
-    if math.prod(mesh.shape[name] for name in free) == 1:
+    mesh, free = free_axes()
+    if not free:
         return function((), *arrays)
-    scenes, heads = [], []
-    for name in free:
-        for axes, length in ((scenes, weights.shape[0]), (heads, weights.shape[2])):
-            if length % math.prod(mesh.shape[n] for n in (*axes, name)) == 0:
-                axes.append(name)
-                break
+    scenes, heads = split_axes(mesh, free, weights.shape[0], weights.shape[2])
 
     def spec(axis):
-        return P(tuple(scenes)) if axis is None else P(tuple(scenes), *[None] * (axis - 1), tuple(heads))
+        return P(scenes) if axis is None else P(scenes, *[None] * (axis - 1), heads)
 
     in_specs, out_specs = (jax.tree.map(spec, axes, is_leaf=lambda x: x is None) for axes in (heads_in, heads_out))
     mapped = jax.shard_map(
-        lambda *arrays: function(tuple(heads), *arrays),
+        lambda *arrays: function(heads, *arrays),
         mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,

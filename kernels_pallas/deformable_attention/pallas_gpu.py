@@ -31,6 +31,7 @@ from kernels_pallas.deformable_attention.triton_kernels import (
     forward_kernel,
     sum_kernel,
 )
+from kernels_pallas.mesh import output_like
 
 MORTON_BITS = 8  # of each coordinate
 
@@ -80,7 +81,7 @@ def _sample(axes, features, reference_points, offsets, weights, view_valid, *, i
         grid=(pl.cdiv(count, QUERIES), heads, batch * views),
         in_specs=[_whole()] * (5 + len(features)),
         out_specs=_whole(),
-        out_shape=_output((batch * views, count, heads, channels), features[0].dtype, points),
+        out_shape=output_like((batch * views, count, heads, channels), features[0].dtype, points),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
     )(*order, points, offsets, weights, *_flat(features))
@@ -102,9 +103,9 @@ def _differentiate(axes, features, reference_points, offsets, weights, view_vali
         in_specs=[_whole()] * (9 + len(maps)),
         out_specs=[_whole()] * 3,
         out_shape=[
-            _output(offsets.shape, offsets.dtype, points),
-            _output(weights.shape, weights.dtype, points),
-            _output((batch, count, heads, 2), points.dtype, points),
+            output_like(offsets.shape, offsets.dtype, points),
+            output_like(weights.shape, weights.dtype, points),
+            output_like((batch, count, heads, 2), points.dtype, points),
         ],
         input_output_aliases={7 + len(maps): 0, 8 + len(maps): 1},
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
@@ -172,7 +173,7 @@ def _sum_by_cell(view, level, size, points, offsets, weights, valid, d_out, d_ma
         grid=(pl.cdiv(height, ROWS) * pl.cdiv(width, COLUMNS), heads, batch),
         in_specs=[_whole()] * 8,
         out_specs=_whole(),
-        out_shape=_output(d_map.shape, d_map.dtype, d_map),
+        out_shape=output_like(d_map.shape, d_map.dtype, d_map),
         input_output_aliases={7: 0},
         compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
@@ -191,8 +192,3 @@ def _flat(features: tuple[Array, ...]) -> tuple[Float[Array, "bv hw kc"], ...]:
 def _whole() -> pl.BlockSpec:
     """An array that every program may index anywhere."""
     return pl.BlockSpec(memory_space=pl.ANY)
-
-
-def _output(shape: tuple[int, ...], dtype, like: Array) -> jax.ShapeDtypeStruct:
-    """An output that, inside `shard_map`, varies over the devices as the inputs do."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas.deformable_attention import reference
 from kernels_pallas.deformable_attention.hat_matrix import COLUMNS, QUERIES, ROWS, backward_kernel, forward_kernel
 from kernels_pallas.deformable_attention.mesh import on_mesh
+from kernels_pallas.mesh import output_like
 
 MORTON_BITS = 8  # of each of three coordinates
 MEMORY = 56 * 2**20  # bytes of on-chip memory that a kernel may take; v5e, v5p and v6e have at least 64 MiB
@@ -89,7 +90,7 @@ def _forward(axes, features, reference_points, offsets, weights, view_valid, *, 
             *(_of_head(maps, lambda b, v, k, n: (b, v, 0, k, 0, 0)) for maps in tiles),
         ],
         out_specs=pl.BlockSpec((None, None, None, channels, QUERIES), lambda b, v, k, n: (b, v, k, 0, n)),
-        out_shape=_output((batch, views, heads, channels, padded), dtype, reference_points),
+        out_shape=output_like((batch, views, heads, channels, padded), dtype, reference_points),
         scratch_shapes=[_hats_of_rows(features, points)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=MEMORY
@@ -152,9 +153,9 @@ def _backward(features, reference_points, offsets, weights, view_valid, d_out, i
             d_weights,
         ],
         out_shape=[
-            *(_output(maps.shape, maps.dtype, reference_points) for maps in tiles),
-            _output((batch, views, heads, 2, padded), jnp.float32, reference_points),
-            *(_output(x.shape, jnp.float32, reference_points) for x in queries[1:]),
+            *(output_like(maps.shape, maps.dtype, reference_points) for maps in tiles),
+            output_like((batch, views, heads, 2, padded), jnp.float32, reference_points),
+            *(output_like(x.shape, jnp.float32, reference_points) for x in queries[1:]),
         ],
         scratch_shapes=[
             *(pltpu.VMEM((maps.shape[2], channels, ROWS * COLUMNS), jnp.float32) for maps in tiles),
@@ -243,8 +244,3 @@ def _hats_of_rows(features, points: int):
 def _of_head(tiles, place):
     """One head of one view: all of its tiles."""
     return pl.BlockSpec((None, None, tiles.shape[2], None, *tiles.shape[4:]), place)
-
-
-def _output(shape: tuple[int, ...], dtype, like: Array) -> jax.ShapeDtypeStruct:
-    """An output that, inside `shard_map`, varies over the devices as the inputs do."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

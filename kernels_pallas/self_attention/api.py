@@ -1,7 +1,6 @@
 """Self-attention of many tokens: what goes in and out whatever the implementation, and which one it is."""
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.platforms import obstacle_of_tpu, warn_once
 from kernels_pallas.self_attention import cudnn, reference, splash
 
 Implementation = Literal["auto", "xla", "cudnn", "splash", "splash_interpret"]
@@ -91,7 +91,7 @@ def _choose(implementation: str, dtype, width: int) -> Callable:
     device = jax.local_devices()[0]
     obstacles = {
         "cudnn": cudnn.obstacle(device, dtype, width),
-        "splash": _splash_obstacle(dtype) or ("" if device.platform == "tpu" else f"it needs a TPU, not a {device}"),
+        "splash": _splash_obstacle(dtype) or obstacle_of_tpu(device),
     }
     if obstacle := obstacles.get(implementation):
         raise ValueError(f"implementation {implementation!r} cannot run here: {obstacle}; 'auto' takes what can")
@@ -102,11 +102,11 @@ def _choose(implementation: str, dtype, width: int) -> Callable:
     if not obstacles["cudnn"]:
         kernels["cuda"] = cudnn.attend
     elif _lowers_for_gpu(device):
-        _warn(f"Self-attention runs in plain XLA, not in cuDNN: {obstacles['cudnn']}")
+        warn_once(f"Self-attention runs in plain XLA, not in cuDNN: {obstacles['cudnn']}")
     if not (obstacle := _splash_obstacle(dtype)):
         kernels["tpu"] = splash.attend
     elif device.platform == "tpu":
-        _warn(f"Self-attention runs in plain XLA, not in splash attention: {obstacle}")
+        warn_once(f"Self-attention runs in plain XLA, not in splash attention: {obstacle}")
     return lambda *arrays: lax.platform_dependent(*arrays, **kernels, default=reference.attend)
 
 
@@ -123,9 +123,3 @@ def _lowers_for_gpu(device: Any) -> bool:
     """Whether the program is for a GPU: the one that is there, or one that only the ambient mesh describes."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     return "gpu" in (device.platform, getattr(described, "platform", None))
-
-
-@functools.cache
-def _warn(message: str) -> None:
-    """Warns once."""
-    warnings.warn(message, stacklevel=2)

@@ -1,13 +1,13 @@
 """Self-attention on NVIDIA GPUs by cuDNN's flash attention."""
 
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-OLDEST = 8.0  # compute capability from which cuDNN has flash attention
+from kernels_pallas.platforms import obstacle_of_gpu
+
 WIDEST = 128  # channels of a head, of which there must be a multiple of
 STEP = 8
 
@@ -39,11 +39,8 @@ def _even(x):
 
 def obstacle(device: Any, dtype: jnp.dtype, width: int) -> str:
     """Why cuDNN cannot attend on this device with heads of this kind; empty if it can."""
-    capability = str(getattr(device, "compute_capability", ""))
-    if device.platform != "gpu" or not re.fullmatch(r"\d+\.\d+", capability):
-        return f"it needs an NVIDIA GPU, and this is {device.device_kind!r}"
-    if float(capability) < OLDEST:
-        return f"it needs compute capability {OLDEST}, and {device.device_kind!r} has {capability}"
+    if of_device := obstacle_of_gpu(device):
+        return of_device
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, and this is {dtype}"
     if width % STEP or width > WIDEST:

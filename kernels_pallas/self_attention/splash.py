@@ -1,17 +1,16 @@
 """Self-attention on TPUs by JAX's splash attention: Pallas kernels that hold one block of scores at a time."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.mesh import free_axes, split_axes
 from kernels_pallas.self_attention.shapes import even_split
 
 LANES = 128  # blocks are multiples of this
@@ -33,13 +32,12 @@ def attend(
 
     On an ambient mesh every device attends for its own scenes and heads: XLA cannot split a kernel's call by itself.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
+    mesh, free = free_axes()
     local = functools.partial(_attend, interpret=interpret)
     arguments = queries, keys, values, query_lengths, key_lengths
-    if math.prod(mesh.shape[name] for name in free) == 1:
+    if not free:
         return local(*arguments)
-    scenes, heads = _layout(mesh, free, queries.shape[0], queries.shape[2])
+    scenes, heads = split_axes(mesh, free, queries.shape[0], queries.shape[2])
     arrays, lengths = P(scenes, None, heads), P(scenes)
     specs = arrays, arrays, arrays, lengths, lengths
     # The kernels' results do not say over which axes they vary.
@@ -53,19 +51,6 @@ def in_checked_shard_map() -> bool:
     """Whether this is traced inside a `shard_map` that checks over which axes values vary: splash's do not say."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return bool(manual) and bool(jax.typeof(lax.pcast(0.0, manual, to="varying")).manual_axis_type.varying)
-
-
-def _layout(
-    mesh: AbstractMesh, free: tuple[str, ...], scenes: int, heads: int
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Axes that split the scenes, like a batch over all that divide it, and of the rest those that split the heads."""
-    found: dict[str, tuple[str, ...]] = {"scenes": (), "heads": ()}
-    for name in free:
-        for part, length in (("scenes", scenes), ("heads", heads)):
-            if length % math.prod(mesh.shape[n] for n in (*found[part], name)) == 0:
-                found[part] += (name,)
-                break
-    return found["scenes"], found["heads"]
 
 
 def _attend(queries, keys, values, query_lengths, key_lengths, *, interpret):

@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from kernels_pallas.deformable_attention import api, deformable_attention, multiview_deformable_attention, pallas_gpu
 from kernels_pallas.deformable_attention.shapes import WORKLOADS
+from kernels_pallas.platforms import warn_once
 
 KERNEL = "xla.gpu.triton"
 H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
@@ -145,7 +146,7 @@ def device(platform, kind, **attributes):
 )
 def test_an_accelerator_that_is_not_served_warns_once(monkeypatch, first, dtype, expected, warning):
     monkeypatch.setattr(jax, "local_devices", lambda: [first])
-    api._warn.cache_clear()
+    warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert [api._choose("auto", False, jnp.dtype("bfloat16"), jnp.dtype(dtype)) for _ in range(2)] == [expected] * 2

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from kernels_pallas.platforms import warn_once
 from kernels_pallas.self_attention import api, self_attention
 from kernels_pallas.self_attention.shapes import WORKLOADS, even_split
 
@@ -165,7 +166,7 @@ def test_lowering_for_a_described_gpu_warns_once_that_there_is_none():
 
 @contextlib.contextmanager
 def recorded():
-    api._warn.cache_clear()
+    warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield caught
