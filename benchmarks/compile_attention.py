@@ -1,11 +1,13 @@
 """Attention compiled ahead of time for accelerators that need not be there: memory, and what the compiler estimates.
 
-  python benchmarks/compile_attention.py --targets v5e,v5p,v6e [--cases training,evaluation] [--json FILE]
-  python benchmarks/compile_attention.py --targets v5e --cases training --bundles FOLDER
-  python benchmarks/compile_attention.py --targets h200
+  python benchmarks/compile_attention.py --targets v5e,v5p,v6e [--json FILE]
+  python benchmarks/compile_attention.py --targets v5p --cases self/largest
+  python benchmarks/compile_attention.py --targets v5e --cases deformable/training --bundles FOLDER
+  python benchmarks/compile_attention.py --targets h200 --cases deformable/training
 
-Deformable attention of bfloat16 features at the model's shapes, forward and forward + backward, by each implementation;
-what does not fit into the device's memory is said to. What has to be installed: see compile_rasterizer.py.
+Deformable and self-attention in bfloat16 at the model's shapes, forward and forward + backward, by each implementation;
+what does not fit into the device's memory is said to. cuDNN's call cannot be compiled without a GPU. What has to be
+installed: see compile_rasterizer.py.
 
 `estimated_cycles` are XLA's for TPUs, times the trips of the loops around: a compiler's estimate and no measurement.
 It has none for gathers, scatters and kernels, whose number is `not_estimated`. Those are counted otherwise: `--bundles`
@@ -31,62 +33,83 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.deformable_attention import multiview_deformable_attention
-from kernels_pallas.deformable_attention.shapes import WORKLOADS, Workload
+from kernels_pallas.deformable_attention.shapes import WORKLOADS as DEFORMABLE
+from kernels_pallas.self_attention import self_attention
+from kernels_pallas.self_attention.shapes import WORKLOADS as SELF
 
 TARGETS = TARGETS | {"v5p": {"platform": "tpu", "topology_name": "v5p:2x2x1"}}
-COUNTED = re.compile(r"gather|scatter|deformable")  # instructions whose loops are worth a look
+DEFAULT = "deformable/training,deformable/evaluation,self/evaluation,self/largest"
+COUNTED = re.compile(r"gather|scatter|deformable|splash")  # instructions whose loops are worth a look
 
 
-def shapes_of(case: Workload) -> tuple:
-    """Arguments as the model has them: maps and result with heads and channels on one axis."""
-    shape, lead = jax.ShapeDtypeStruct, (case.scenes, case.views)
+CASES = {f"deformable/{name}": case for name, case in DEFORMABLE.items()}
+CASES |= {f"self/{name}": case for name, case in SELF.items()}
+
+
+def problem(name: str, implementation: str):
+    """A function, shapes of the arguments that have a gradient and of the others, and of the result."""
+    case, shape = CASES[name], jax.ShapeDtypeStruct
+    if name.startswith("self/"):
+        array = shape(case, jnp.bfloat16)
+
+        def attend(arguments, lengths):
+            return self_attention(*arguments, lengths, implementation=implementation)
+
+        return attend, (array,) * 3, shape((case.scenes,), jnp.int32), array
+
+    # As the model has them: maps and result with heads and channels on one axis.
+    lead, width = (case.scenes, case.views), case.heads * case.channels
     samples = (case.scenes, case.queries, case.heads, len(case.maps), case.points)
-    width = case.heads * case.channels
     maps = tuple(shape((*lead, *size, width), jnp.bfloat16) for size in case.maps)
-    arrays = (
-        shape((*lead, case.queries, 2), jnp.float32),
-        shape((*samples, 2), jnp.float32),
-        shape(samples, jnp.float32),
-    )
-    return (maps, *arrays), shape((*lead, case.queries), bool), shape((*lead, case.queries, width), jnp.bfloat16)
+    places = shape((*lead, case.queries, 2), jnp.float32), shape((*samples, 2), jnp.float32)
 
-
-def function_of(case: Workload, implementation: str, gradient: bool):
-    """The forward pass, or it and the gradients of all arguments."""
-
-    def forward(arguments, valid):
+    def sample(arguments, valid):
         maps, *rest = arguments
         maps = tuple(m.reshape(*m.shape[:-1], case.heads, case.channels) for m in maps)
         out = multiview_deformable_attention(maps, *rest, valid, implementation=implementation)
         return out.reshape(*out.shape[:3], -1)
 
-    def both(arguments, valid, d_out):
-        out, pull = jax.vjp(lambda arguments: forward(arguments, valid), arguments)
+    result = shape((*lead, case.queries, width), jnp.bfloat16)
+    return sample, (maps, *places, shape(samples, jnp.float32)), shape((*lead, case.queries), bool), result
+
+
+def with_gradients(forward):
+    """It, and the gradients of its first argument."""
+
+    def both(arguments, rest, d_out):
+        out, pull = jax.vjp(lambda arguments: forward(arguments, rest), arguments)
         return out, pull(d_out)
 
-    return both if gradient else lambda arguments, valid, d_out: forward(arguments, valid)
+    return both
 
 
 def compile_for(target: str, name: str, implementation: str, gradient: bool, bundles: Path | None) -> dict:
     """Compiles one workload and returns the row of the table."""
-    case = WORKLOADS[name]
+    forward, *shapes = problem(name, implementation)
+    function, shapes = (with_gradients(forward), shapes) if gradient else (forward, shapes[:2])
     device = topologies.get_topology_desc(**TARGETS[target]).devices[0]
     sharding = NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes_of(case))
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
     # Pallas asks which device it lowers for.
     cores = device.num_cores if device.platform == "tpu" else None
     kind = AbstractDevice(device_kind=device.device_kind, num_cores=cores, platform=device.platform)
     ambient = AbstractMesh((1,), ("one",), axis_types=(AxisType.Auto,), abstract_device=kind)
     before, begin = set(bundle_files(bundles)), time.perf_counter()
-    row = {"target": target, "case": name, **case._asdict(), "implementation": implementation, "gradient": gradient}
+    row = {
+        "target": target,
+        "case": name,
+        **CASES[name]._asdict(),
+        "implementation": implementation,
+        "gradient": gradient,
+    }
     with jax.sharding.use_abstract_mesh(ambient):
-        lowered = jax.jit(function_of(case, implementation, gradient)).trace(*shapes).lower()
+        lowered = jax.jit(function).trace(*shapes).lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"{target:5s} {name:10s} {implementation:5s} gradient {gradient}: does not fit", flush=True)
+        print(f"{target:5s} {name:22s} {implementation:5s} gradient {gradient}: does not fit", flush=True)
         return row | {"does_not_fit": str(error).splitlines()[0]}
     memory, text = compiled.memory_analysis(), compiled.as_text()
     row |= {"kernels": len(re.findall(r"tpu_custom_call|xla\.gpu\.triton", text))}
@@ -97,7 +120,7 @@ def compile_for(target: str, name: str, implementation: str, gradient: bool, bun
         row["estimated_cycles"], row["not_estimated"] = estimated_cycles(text)
         row["loops"] = {f.name.split("-")[1]: loops(f) for f in sorted(set(bundle_files(bundles)) - before)}
     print(
-        f"{target:5s} {name:10s} {implementation:5s} {'forward + backward' if gradient else 'forward':18s}   "
+        f"{target:5s} {name:22s} {implementation:5s} {'forward + backward' if gradient else 'forward':18s}   "
         f"peak {(row['peak_memory_bytes'] or 0) / 2**30:6.2f} GiB   "
         f"estimated {row.get('estimated_cycles', 0) / 1e6:6.1f} million cycles without "
         f"{row.get('not_estimated', 0)} instructions   compiled in {row['compile_s']:.0f} s",
@@ -168,7 +191,7 @@ def main() -> None:
     """Compiles what is asked for, prints a line for each, and writes them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default="v5e,v5p,v6e", help=f"comma-separated, of: {', '.join(TARGETS)}")
-    parser.add_argument("--cases", default="training,evaluation", help=f"of: {', '.join(WORKLOADS)}")
+    parser.add_argument("--cases", default=DEFAULT, help=f"of: {', '.join(CASES)} ({DEFAULT})")
     parser.add_argument("--implementations", default="auto,xla", help="of: auto, xla")
     parser.add_argument("--bundles", type=Path, help="an empty folder for libtpu's machine code; TPUs only")
     parser.add_argument("--json", type=Path, help="where to write the rows")
@@ -176,11 +199,7 @@ def main() -> None:
     targets, cases, implementations = (
         x.split(",") for x in (arguments.targets, arguments.cases, arguments.implementations)
     )
-    if (
-        unknown := (set(targets) - set(TARGETS))
-        | (set(cases) - set(WORKLOADS))
-        | (set(implementations) - {"auto", "xla"})
-    ):
+    if unknown := (set(targets) - set(TARGETS)) | (set(cases) - set(CASES)) | (set(implementations) - {"auto", "xla"}):
         parser.error(f"unknown: {sorted(unknown)}")
     if arguments.bundles:
         arguments.bundles.mkdir(parents=True, exist_ok=True)
