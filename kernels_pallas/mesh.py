@@ -8,6 +8,23 @@ from jax.sharding import AbstractMesh
 from jaxtyping import Array
 
 
+def obstacle_of_mesh() -> str:
+    """Why a kernel's call cannot be split over the ambient mesh; empty if it can."""
+    mesh = jax.sharding.get_abstract_mesh()
+    _, free = free_axes()
+    if any(name in mesh.explicit_axes for name in free):
+        return "the ambient mesh has axes of type Explicit; kernels are split over those of type Auto"
+    if free and in_checked_shard_map():
+        return "inside shard_map over a part of the mesh it needs check_vma=False"
+    return ""
+
+
+def in_checked_shard_map() -> bool:
+    """Whether this is traced inside a `shard_map` that checks over which axes values vary."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return bool(manual) and bool(jax.typeof(lax.pcast(0.0, manual, to="varying")).manual_axis_type.varying)
+
+
 def free_axes() -> tuple[AbstractMesh, tuple[str, ...]]:
     """The ambient mesh, and its axes over which a call may be split: none where they hold one device."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.deformable_attention import pallas_gpu, pallas_tpu, reference
-from kernels_pallas.mesh import varying_alike
+from kernels_pallas.mesh import obstacle_of_mesh, varying_alike
 from kernels_pallas.platforms import obstacle_of_gpu, obstacle_of_tpu, warn_once
 
 Implementation = Literal["auto", "xla", "pallas_gpu", "pallas_gpu_interpret", "pallas_tpu", "pallas_tpu_interpret"]
@@ -68,6 +68,7 @@ def deformable_attention(
         raise ValueError(f"locations {locations.shape} must be those of weights {weights.shape} with a last axis of 2")
     _check_features(features, lead, heads, levels, f"weights {weights.shape}")
     size = math.prod(lead)
+    locations = locations.astype(jnp.promote_types(locations.dtype, jnp.float32))
     sizes = jnp.array([(m.shape[-3], m.shape[-4]) for m in features], locations.dtype)
     out = _attend_by_name(
         tuple(m.reshape(size, 1, *m.shape[-4:]) for m in features),
@@ -93,7 +94,7 @@ def multiview_deformable_attention(
 ) -> Float[Array, "b v n k c"]:
     """Deformable attention of N queries into all views, with offsets and logits that do not depend on the view.
 
-    Differentiable in everything but `view_valid`. Works under jit, grad, vmap (as more scenes) and shard_map.
+    First derivatives reach everything but `view_valid`. Works under jit, grad, vmap (as more scenes) and shard_map.
 
     Args:
       features: one map per level, of one dtype: bfloat16, float32 or float64.
@@ -104,8 +105,9 @@ def multiview_deformable_attention(
       deterministic: the same input must give the same bits. All implementations sum gradients in a fixed order, but
         for `"xla"` on a GPU, where this is an error unless XLA's own flag for it is set.
       implementation: `"auto"` follows the platform that the program is lowered for: `"pallas_gpu"` on NVIDIA GPUs
-        unless something is float64, else `"xla"`, with one warning where it is not the best for an accelerator.
-        `"pallas_gpu_interpret"` and `"pallas_tpu_interpret"` run a kernel's steps on any device, for tests: slowly.
+        unless something is float64, `"pallas_tpu"` on TPUs for bfloat16 and float32 maps that fit on the chip, else
+        `"xla"`, with one warning where it is not the best for an accelerator. `"pallas_gpu_interpret"` and
+        `"pallas_tpu_interpret"` run a kernel's steps on any device, for tests: slowly.
 
     Returns:
       Samples per view in the features' dtype, accumulated in at least float32.
@@ -138,13 +140,15 @@ def _check_features(features: tuple[Array, ...], lead: tuple[int, ...], heads: i
         if (maps.shape[:-4], maps.shape[-2]) != (lead, heads):
             raise ValueError(f"features: expected leading axes {lead} and {heads} heads, got {maps.shape} ({shapes})")
     kinds = {(maps.shape[-1], maps.dtype.name) for maps in features}
+    if not jnp.issubdtype(features[0].dtype, jnp.floating):
+        raise ValueError(f"features: expected a floating dtype, got {features[0].dtype}")
     if len(kinds) > 1:
         raise ValueError(f"features: expected one head width and dtype at all levels, got {sorted(kinds)}")
 
 
 def _attend_by_name(features, reference_points, offsets, weights, view_valid, implementation, deterministic):
     """Sampling coordinates and weights are never below float32, and of one dtype."""
-    dtype = jnp.result_type(reference_points, offsets, weights, jnp.float32)
+    dtype = jnp.result_type(features[0], reference_points, offsets, weights, jnp.float32)
     reference_points, offsets, weights = (x.astype(dtype) for x in (reference_points, offsets, weights))
     name = _choose(implementation, deterministic, features[0].dtype, dtype)
     if view_valid.size == 0:  # no blocks to make a grid of
@@ -158,8 +162,8 @@ def _choose(implementation: str, deterministic: bool, *dtypes) -> str:
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation is {implementation!r}; expected one of {get_args(Implementation)}")
     device = jax.local_devices()[0]
-    wide = "float64 is for 'xla'" if any(jnp.dtype(dtype).itemsize > 4 for dtype in dtypes) else ""
-    if implementation in NEEDS and (obstacle := NEEDS[implementation](device) or wide):
+    unfit = "float64 is for 'xla'" if any(jnp.dtype(dtype).itemsize > 4 for dtype in dtypes) else obstacle_of_mesh()
+    if implementation in NEEDS and (obstacle := NEEDS[implementation](device) or unfit):
         raise ValueError(
             f"implementation {implementation!r} cannot run here: {obstacle}; 'auto' takes what can, "
             f"'{implementation}_interpret' interprets the kernel, slowly, for tests"
@@ -168,10 +172,11 @@ def _choose(implementation: str, deterministic: bool, *dtypes) -> str:
     if name == "auto":
         best = ON.get(device.platform, "xla")
         obstacle = best in NEEDS and NEEDS[best](device)
-        if best in NEEDS and (obstacle or wide):
-            warn_once(f"features are sampled in plain XLA, not by the kernel {best!r}: {obstacle or wide}")
-        name = "xla" if obstacle or wide else "auto"
-    if deterministic and name == "xla" and device.platform == "gpu" and ORDERED not in os.environ.get("XLA_FLAGS", ""):
+        if best in NEEDS and (obstacle or unfit):
+            warn_once(f"features are sampled in plain XLA, not by the kernel {best!r}: {obstacle or unfit}")
+        name = "xla" if obstacle or unfit else "auto"
+    ordered = device.platform != "gpu" or f"{ORDERED}=true" in os.environ.get("XLA_FLAGS", "")
+    if deterministic and name == "xla" and not ordered:
         raise ValueError(f"deterministic: on a GPU 'xla' adds in any order unless XLA_FLAGS contains --{ORDERED}=true")
     return name
 

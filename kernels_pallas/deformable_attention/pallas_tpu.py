@@ -23,6 +23,7 @@ from kernels_pallas.deformable_attention import reference
 from kernels_pallas.deformable_attention.hat_matrix import COLUMNS, QUERIES, ROWS, backward_kernel, forward_kernel
 from kernels_pallas.deformable_attention.mesh import on_mesh
 from kernels_pallas.mesh import output_like
+from kernels_pallas.platforms import warn_once
 
 MORTON_BITS = 8  # of each of three coordinates
 MEMORY = 56 * 2**20  # bytes of on-chip memory that a kernel may take; v5e, v5p and v6e have at least 64 MiB
@@ -39,7 +40,9 @@ def forward(
 ) -> Float[Array, "b v n k c"]:
     """Arguments and result as in reference.py; features are bfloat16 or float32, the rest is float32."""
     arrays = features, reference_points, offsets, weights, view_valid
-    if _too_large(features):
+    if obstacle := _obstacle(features):
+        if jax.local_devices()[0].platform == "tpu":  # elsewhere this is a branch that is not taken
+            warn_once(f"features are sampled in plain XLA, not by the kernel for TPUs: {obstacle}")
         return reference.forward(*arrays)
     return on_mesh(functools.partial(_forward, interpret=interpret), weights, arrays, (4, None, 2, 2, None), 3)
 
@@ -57,16 +60,22 @@ def backward(
 ) -> tuple[tuple[Array, ...], Array, Array, Array]:
     """Arguments and result as in reference.py; deterministic in any case."""
     arrays = features, reference_points, offsets, weights, view_valid, d_out
-    if _too_large(features):
+    if _obstacle(features):
         return reference.backward(*arrays, deterministic=deterministic)
     heads_in, heads_out = (4, None, 2, 2, None, 3), (4, None, 2, 2)
     return on_mesh(functools.partial(_backward_in_turns, interpret=interpret), weights, arrays, heads_in, heads_out)
 
 
-def _too_large(features) -> bool:
-    """Whether the maps of a head, their gradients in two types and copies under way leave too little room."""
+def _obstacle(features) -> str:
+    """Why the kernels cannot take these maps; empty if they can.
+
+    The maps of a head, their gradients in two types and copies under way must leave room on the chip.
+    """
+    if features[0].dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it takes bfloat16 and float32, and these are {features[0].dtype}"
     cells = sum(pl.cdiv(height, ROWS) * pl.cdiv(width, COLUMNS) * ROWS * COLUMNS for height, width in _sizes(features))
-    return cells * features[0].shape[-1] * (4 * features[0].dtype.itemsize + 4) > MEMORY // 2
+    need = cells * features[0].shape[-1] * (4 * features[0].dtype.itemsize + 4)
+    return f"a head's maps need {need} bytes on the chip, of {MEMORY // 2}" if need > MEMORY // 2 else ""
 
 
 def _forward(axes, features, reference_points, offsets, weights, view_valid, *, interpret):

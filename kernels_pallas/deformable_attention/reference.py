@@ -77,6 +77,7 @@ def _corners(
     """The four cells around each pixel, as rows of a table (h w k), and their weights: zero outside the map."""
     height, width = size
     heads = pixels.shape[2]
+    pixels = jnp.where(jnp.isnan(pixels), -2.0, pixels)  # what is not a number lies outside
     # Two cells beyond the border everything is zero: clamping there changes no value and no gradient.
     x, y = (pixels[..., i].clip(-2.0, n + 1.0) for i, n in ((0, width), (1, height)))
     left, top = jnp.floor(x), jnp.floor(y)
@@ -109,7 +110,9 @@ def _weighted_rows(
     def add_points(out, index_and_weights):
         index, weights = index_and_weights
         for corner in range(index.shape[-1]):
-            out += _rows(table, index[..., corner]).astype(out.dtype) * weights[..., corner, None]
+            weight = weights[..., corner, None]
+            # Selected, not only multiplied: what does not count may hold NaN.
+            out += jnp.where(weight == 0, 0.0, _rows(table, index[..., corner]).astype(out.dtype) * weight)
         return out, None
 
     by_point = tuple(jnp.moveaxis(x, 3, 0) for x in (index, weights))
@@ -141,6 +144,7 @@ def _weighted_rows_backward(residuals, d_out):
         index, weights, d_out = arrays
         rows = _rows(table, index).astype(d_out.dtype)
         d_weights = jnp.einsum("bnkpqc,bnkc->bnkpq", rows, d_out, precision="highest")
+        d_weights = jnp.where((weights == 0) & ~jnp.isfinite(d_weights), 0.0, d_weights)
         return _add_rows(d_table, index, weights[..., None] * d_out[..., None, None, :]), d_weights
 
     def split(x):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.mesh import in_checked_shard_map, obstacle_of_mesh
 from kernels_pallas.platforms import obstacle_of_tpu, warn_once
 from kernels_pallas.self_attention import cudnn, reference, splash
 
@@ -53,11 +54,12 @@ def self_attention(
       ValueError: for shapes or dtypes that do not fit together, for an unknown implementation, and for one that
         cannot run here.
     """
+    key_lengths = jnp.asarray(key_lengths)
     _check(queries, keys, values, key_lengths)
     rows, columns = queries.shape[1], keys.shape[1]
     if 0 in queries.shape + keys.shape:
         return jnp.zeros_like(queries)
-    key_lengths = key_lengths.astype(jnp.int32)
+    key_lengths = key_lengths.astype(jnp.int32).clip(0, columns)
     query_lengths = key_lengths if rows == columns else jnp.where(key_lengths > 0, rows, 0).astype(jnp.int32)
     # No implementation gets to see what padding holds, and no gradient enters or leaves it.
     queries = _without_padding(queries, query_lengths)
@@ -70,6 +72,9 @@ def _check(queries, keys, values, key_lengths) -> None:
     if not queries.dtype == keys.dtype == values.dtype or not jnp.issubdtype(queries.dtype, jnp.floating):
         found = f"{queries.dtype}, {keys.dtype} and {values.dtype}"
         raise ValueError(f"queries, keys and values must be of one floating dtype, got {found}")
+    for name, x in (("queries", queries), ("keys", keys), ("values", values)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have four axes, of scenes, tokens, heads and channels, got {x.shape}")
     (scenes, _, *per_token), expected = queries.shape, keys.shape[:2]
     if keys.shape != values.shape or keys.shape != (scenes, expected[1], *per_token):
         shapes = f"queries {queries.shape}, keys {keys.shape}, values {values.shape}"
@@ -114,9 +119,9 @@ def _splash_obstacle(dtype) -> str:
     """Why splash attention cannot be called here, be there a TPU or not; empty if it can."""
     if dtype != jnp.bfloat16:  # its float32 products are not float32's, or take longer than XLA's
         return f"it takes bfloat16, and this is {dtype}"
-    if splash.in_checked_shard_map():
+    if in_checked_shard_map():
         return "inside shard_map it needs check_vma=False"
-    return ""
+    return obstacle_of_mesh()
 
 
 def _lowers_for_gpu(device: Any) -> bool:

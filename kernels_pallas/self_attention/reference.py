@@ -31,7 +31,8 @@ def attend(
     del query_lengths  # rows of padding are computed like any other
     heads = queries.shape[2]
     by_head = (rearrange(x, "b n k c -> (b k) n c") for x in (queries, keys, values))
-    out = _attend(*by_head, jnp.repeat(key_lengths, heads))
+    lengths = jnp.broadcast_to(key_lengths[:, None], (key_lengths.size, heads)).reshape(-1)
+    out = _attend(*by_head, lengths)
     return rearrange(out, "(b k) n c -> b n k c", k=heads)
 
 

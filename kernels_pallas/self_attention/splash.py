@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax import lax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -45,12 +44,6 @@ def attend(
         local, mesh=mesh, in_specs=specs, out_specs=arrays, axis_names=frozenset(free), check_vma=False
     )
     return mapped(*arguments)
-
-
-def in_checked_shard_map() -> bool:
-    """Whether this is traced inside a `shard_map` that checks over which axes values vary: splash's do not say."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    return bool(manual) and bool(jax.typeof(lax.pcast(0.0, manual, to="varying")).manual_axis_type.varying)
 
 
 def _attend(queries, keys, values, query_lengths, key_lengths, *, interpret):

@@ -2,6 +2,9 @@
 
 import contextlib
 import functools
+import os
+import subprocess
+import sys
 import types
 import warnings
 
@@ -71,9 +74,54 @@ def test_one_view_is_served_by_the_same_kernel():
     assert lowered(deformable_attention, features, locations, weights, platform="cuda").count(KERNEL) == 1
 
 
+def test_lowering_for_a_tpu_takes_its_kernels():
+    assert lowered(gradient, *shapes(WORKLOADS["quickstart"]), platform="tpu").count("tpu_custom_call") == 2
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_lowering_for_others_takes_no_kernel_for_gpus(platform):
     assert KERNEL not in lowered(gradient, *shapes(WORKLOADS["quickstart"]), platform=platform)
+
+
+EIGHT = """
+import functools
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from kernels_pallas.deformable_attention import multiview_deformable_attention
+from kernels_pallas.self_attention import self_attention
+
+keys = jax.random.split(jax.random.key(0), 4)
+features = (jax.random.normal(keys[0], (4, 2, 5, 6, 2, 8)),)
+rest = jax.random.uniform(keys[1], (4, 2, 7, 2)), jax.random.normal(keys[2], (4, 7, 2, 1, 3, 2))
+arguments = (features, *rest, jax.random.normal(keys[3], (4, 7, 2, 1, 3)), jnp.ones((4, 2, 7), bool))
+tokens = jax.random.normal(keys[0], (4, 6, 2, 8), jnp.bfloat16), jnp.array([6, 4, 0, 1])
+
+def both(arguments, tokens):
+    loss = lambda *a: jnp.sum(multiview_deformable_attention(*a, arguments[-1]) ** 2)
+    attend = lambda x: jnp.sum(self_attention(x, x, x, tokens[1]).astype(jnp.float32) ** 2)
+    return jax.grad(loss, (0, 1, 2, 3))(*arguments[:-1]), jax.grad(attend)(tokens[0])
+
+wanted = jax.jit(both)(arguments, tokens)
+for types in ((AxisType.Explicit,) * 2, (AxisType.Auto,) * 2):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+    split = jax.device_put((arguments, tokens), NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh):
+        found = [jax.jit(both)(*split)]
+        if types[0] == AxisType.Auto:  # a part of the mesh
+            part = jax.shard_map(both, axis_names={"data"}, in_specs=P("data"), out_specs=P("data"))
+            found.append(jax.jit(part)(*split))
+    for ours in found:
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+            assert jnp.abs(jnp.asarray(a, jnp.float32) - b).max() < 2e-2 * jnp.abs(b).max()
+"""
+
+
+def test_any_kind_of_mesh_will_do():
+    """Axes of type Explicit, and a shard_map over some axes, where a kernel's call cannot be split."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-c", EIGHT], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_float64_is_left_to_xla():
@@ -114,7 +162,7 @@ def test_too_many_cells_are_an_error():
         jax.eval_shape(functools.partial(pallas_gpu.backward, deterministic=True), *arguments, d_out)
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is an accelerator")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -140,6 +188,8 @@ def device(platform, kind, **attributes):
         (device("gpu", "NVIDIA H200", compute_capability="9.0"), "float64", "xla", "float64 is for 'xla'"),
         (device("gpu", "Tesla T4", compute_capability="7.5"), "float32", "xla", "'Tesla T4' has 7.5"),
         (device("gpu", "AMD MI300", compute_capability="gfx942"), "float32", "xla", "needs an NVIDIA GPU"),
+        (device("tpu", "TPU v5p"), "float32", "auto", None),
+        (device("tpu", "TPU v5p"), "float64", "xla", "not by the kernel 'pallas_tpu': float64"),
         (device("cpu", "cpu"), "float32", "auto", None),
         (device("cpu", "cpu"), "float64", "xla", None),
     ],

@@ -15,13 +15,23 @@ from kernels_pallas.deformable_attention import deformable_attention, multiview_
 from kernels_pallas.deformable_attention.api import IMPLEMENTATIONS
 
 SIZES = ((7, 5), (4, 9))  # no multiples of anything
-RUN_ANYWHERE = [name for name in IMPLEMENTATIONS if name == "xla" or name.endswith("_interpret")]
-every = pytest.mark.parametrize("implementation", RUN_ANYWHERE)
-# Where interpreting the matrix products of the TPU's kernel takes long.
-every_patiently = pytest.mark.parametrize(
-    "implementation",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "pallas_tpu_interpret")) for name in RUN_ANYWHERE],
-)
+NEEDS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}
+
+
+def all_implementations(*slow):
+    """A parameter for each; compiled kernels are skipped where their device is not."""
+
+    def marks(name):
+        absent = name in NEEDS and jax.default_backend() != NEEDS[name]
+        skip = pytest.mark.skipif(absent, reason=f"{name} needs its device; it is interpreted instead")
+        return [skip] + [pytest.mark.slow] * (name in slow)
+
+    return pytest.mark.parametrize("implementation", [pytest.param(n, marks=marks(n)) for n in IMPLEMENTATIONS])
+
+
+every = all_implementations()
+# Where interpreting a kernel takes long.
+every_patiently = all_implementations("pallas_gpu_interpret", "pallas_tpu_interpret")
 
 
 def sample(maps, x, y):
@@ -88,7 +98,8 @@ def run(features, points, offsets, logits, valid, d_out, implementation):
     """Output and gradients; both together, so that a case is compiled once."""
 
     def attend(*arrays):
-        return multiview_deformable_attention(*arrays, valid, deterministic=True, implementation=implementation)
+        ordered = implementation != "xla"
+        return multiview_deformable_attention(*arrays, valid, deterministic=ordered, implementation=implementation)
 
     out, pull = jax.vjp(attend, features, points, offsets, logits)
     return out, pull(d_out.astype(out.dtype))
@@ -177,6 +188,17 @@ def test_views_that_do_not_count_give_zero_whatever_they_hold(rng, implementatio
     assert not np.asarray(gradients[1])[~valid].any()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
     assert not any(np.asarray(level[1, 2]).any() for level in gradients[0])
+
+
+@every
+def test_what_does_not_count_may_hold_anything(rng, implementation):
+    """The maps of a view that no query sees, and the offsets of a query that no view sees."""
+    features, points, offsets, logits, valid, d_out = narrow((*make(rng), rng.normal(size=(2, 3, 37, 2, 24))))
+    valid = valid.at[1, 2].set(False).at[:, :, 5].set(False)
+    expected = run(features, points, offsets, logits, valid, d_out, implementation)
+    features = tuple(maps.at[1, 2].set(np.nan) for maps in features)
+    ours = run(features, points, offsets.at[:, 5].set(np.nan), logits, valid, d_out, implementation)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
 
 
 @every
@@ -273,7 +295,7 @@ close(ours, jax.jit(functools.partial(gradients, "xla"))(*arguments), 1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", [name for name in RUN_ANYWHERE if name != "xla"])
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name.endswith("_interpret")])
 def test_on_a_mesh_every_device_has_its_scenes_and_heads(implementation):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     program = ON_FOUR_DEVICES.format(folder=str(Path(__file__).parent), implementation=implementation)
