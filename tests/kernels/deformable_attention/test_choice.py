@@ -117,6 +117,7 @@ for types in ((AxisType.Explicit,) * 2, (AxisType.Auto,) * 2):
 """
 
 
+@pytest.mark.slow
 def test_any_kind_of_mesh_will_do():
     """Axes of type Explicit, and a shard_map over some axes, where a kernel's call cannot be split."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}

@@ -95,13 +95,7 @@ def test_samples_that_are_nowhere_read_nothing(rng, far):
     jax.tree.map(np.testing.assert_array_equal, d_features, interpreted(without, d_out)[1][0])
 
 
-def test_no_queries(rng):
-    out, (d_features, *d_rest) = interpreted(*make(rng, count=0))
-    assert out.shape == (1, 2, 0, 2, 24)
-    assert not any(np.asarray(d).any() for d in d_features)
-    assert [d.size for d in d_rest] == [0, 0, 0]
-
-
+@pytest.mark.slow
 def test_many_queries_are_taken_in_turns(rng, monkeypatch):
     arguments = make(rng, heads=1, sizes=SIZES[1:])
     monkeypatch.setattr(pallas_tpu, "MEMORY", 2 * 128 * 2 * 3 * 4 * 2)  # one block at a time
@@ -142,6 +136,7 @@ compare(ours, expected(arrays, d_out), values=1e-6, gradients=1e-6)
 """
 
 
+@pytest.mark.slow
 def test_on_a_mesh_every_device_has_its_scenes_and_heads():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     program = ON_FOUR_DEVICES.format(folder=str(Path(__file__).parent))
