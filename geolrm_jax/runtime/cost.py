@@ -81,7 +81,8 @@ class Cost:
 def count(function: Callable, *arguments: Any, **keywords: Any) -> Cost:
     """The operations of `function(*arguments, **keywords)`.
 
-    Of a `cond` the most expensive branch counts; of a `shard_map` the body counts once per shard. What no result
+    Of a `cond` the most expensive branch counts, but of one that depends on the platform the default, whose work is
+    the same without what a kernel computes twice; of a `shard_map` the body counts once per shard. What no result
     depends on does not count. Rematerialised parts count as often as they are computed.
 
     Args:
@@ -147,6 +148,8 @@ def _while(equation: JaxprEqn) -> Cost:
 
 
 def _cond(equation: JaxprEqn) -> Cost:
+    if equation.params.get("branches_platforms"):  # of `lax.platform_dependent`; the default is the last
+        return _walk(_open(equation.params["branches"][-1]))
     return max((_walk(_open(branch)) for branch in equation.params["branches"]), key=lambda cost: cost.total)
 
 

@@ -15,31 +15,19 @@ from jaxtyping import Array, Bool, Float, Int
 SAMPLES = 2**15  # of one view and level whose rows the backward pass holds at a time
 
 
-def deformable_attention(
-    features: tuple[Float[Array, "b _h_l _w_l k c"], ...],
-    locations: Float[Array, "b n k l p 2"],
-    weights: Float[Array, "b n k l p"],
-) -> Float[Array, "b n k c"]:
-    """See `api.deformable_attention`; one leading axis."""
-    levels = []
-    for level, maps in enumerate(features):
-        size = jnp.array([maps.shape[2], maps.shape[1]], locations.dtype)
-        pixels = locations[..., level, :, :] * size - 0.5
-        levels.append(_sample(maps, pixels, weights[..., level, :]))
-    return sum(levels).astype(features[0].dtype)
-
-
-def multiview_deformable_attention(
+def forward(
     features: tuple[Float[Array, "b v _h_l _w_l k c"], ...],
     reference_points: Float[Array, "b v n 2"],
     offsets: Float[Array, "b n k l p 2"],
-    logits: Float[Array, "b n k l p"],
+    weights: Float[Array, "b n k l p"],
     view_valid: Bool[Array, "b v n"],
 ) -> Float[Array, "b v n k c"]:
-    """See `api.multiview_deformable_attention`."""
+    """Sum over levels and points of weight times the bilinear sample, per query, view and head.
+
+    Arguments as of `api.multiview_deformable_attention`, but for `weights`, the softmax of its logits; coordinates and
+    weights are of one dtype, at least float32. The result is in the features' dtype.
+    """
     batch, views = reference_points.shape[:2]
-    shape = logits.shape
-    weights = jax.nn.softmax(logits.reshape(*shape[:3], -1), axis=-1).reshape(shape)
     weights = weights[:, None] * view_valid[..., None, None, None]
     # A point behind the camera projects anywhere, NaN included once offsets are added: keep it at the corner.
     reference_points = jnp.where(view_valid[..., None], reference_points, 0.0)
@@ -50,6 +38,25 @@ def multiview_deformable_attention(
         flat = (rearrange(x, "b v ... -> (b v) ...") for x in (maps, pixels, weights[..., level, :]))
         levels.append(_sample(*flat))
     return rearrange(sum(levels), "(b v) n k c -> b v n k c", b=batch, v=views).astype(features[0].dtype)
+
+
+def backward(
+    features: tuple[Float[Array, "b v _h_l _w_l k c"], ...],
+    reference_points: Float[Array, "b v n 2"],
+    offsets: Float[Array, "b n k l p 2"],
+    weights: Float[Array, "b n k l p"],
+    view_valid: Bool[Array, "b v n"],
+    d_out: Float[Array, "b v n k c"],
+    *,
+    deterministic: bool,
+) -> tuple[tuple[Array, ...], Array, Array, Array]:
+    """Gradients of vdot(d_out, forward(...)) by features, reference points, offsets and weights, in their dtypes.
+
+    `deterministic` asks for sums in a fixed order: how XLA's scatter adds is not decided here.
+    """
+    del deterministic
+    arrays = features, reference_points, offsets, weights
+    return jax.vjp(lambda *arrays: forward(*arrays, view_valid), *arrays)[1](d_out)
 
 
 @jax.checkpoint
@@ -70,6 +77,7 @@ def _corners(
     """The four cells around each pixel, as rows of a table (h w k), and their weights: zero outside the map."""
     height, width = size
     heads = pixels.shape[2]
+    pixels = jnp.where(jnp.isnan(pixels), -2.0, pixels)  # what is not a number lies outside
     # Two cells beyond the border everything is zero: clamping there changes no value and no gradient.
     x, y = (pixels[..., i].clip(-2.0, n + 1.0) for i, n in ((0, width), (1, height)))
     left, top = jnp.floor(x), jnp.floor(y)
@@ -102,7 +110,9 @@ def _weighted_rows(
     def add_points(out, index_and_weights):
         index, weights = index_and_weights
         for corner in range(index.shape[-1]):
-            out += _rows(table, index[..., corner]).astype(out.dtype) * weights[..., corner, None]
+            weight = weights[..., corner, None]
+            # Selected, not only multiplied: what does not count may hold NaN.
+            out += jnp.where(weight == 0, 0.0, _rows(table, index[..., corner]).astype(out.dtype) * weight)
         return out, None
 
     by_point = tuple(jnp.moveaxis(x, 3, 0) for x in (index, weights))
@@ -134,6 +144,7 @@ def _weighted_rows_backward(residuals, d_out):
         index, weights, d_out = arrays
         rows = _rows(table, index).astype(d_out.dtype)
         d_weights = jnp.einsum("bnkpqc,bnkc->bnkpq", rows, d_out, precision="highest")
+        d_weights = jnp.where((weights == 0) & ~jnp.isfinite(d_weights), 0.0, d_weights)
         return _add_rows(d_table, index, weights[..., None] * d_out[..., None, None, :]), d_weights
 
     def split(x):

@@ -5,10 +5,8 @@ the derivative, the order under vmap, and the images made of tiles.
 """
 
 import functools
-import re
-import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +14,12 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
+from kernels_pallas.mesh import varying_alike
+from kernels_pallas.platforms import obstacle_of_gpu, warn_once
 from kernels_pallas.rasterization import pallas_gpu, reference
 from kernels_pallas.rasterization.shapes import TILE, Grid, Pairs
 
 Implementation = Literal["auto", "xla", "pallas_gpu", "pallas_gpu_interpret"]
-OLDEST_GPU = 8.0  # compute capability from which Triton works
 
 
 class Steps(NamedTuple):
@@ -85,7 +84,7 @@ def blend(
     drawn = splats.opacities > 0
     log_opacity = jnp.log(jnp.where(drawn, splats.opacities, 1))
     table = jnp.concatenate([splats.means, splats.conics, log_opacity[:, None], splats.features], axis=-1)
-    sums, transmittance = _blend(grid, max_alpha, name, *_varying_alike((table, pairs)))
+    sums, transmittance = _blend(grid, max_alpha, name, *varying_alike((table, pairs)))
     return _untile(sums, grid), _untile(transmittance[:, None], grid)[..., 0]
 
 
@@ -94,7 +93,7 @@ def _choose(implementation: str, dtype) -> str:
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation is {implementation!r}; expected one of {get_args(Implementation)}")
     device = jax.local_devices()[0]
-    obstacle = _obstacle(device)
+    obstacle = obstacle_of_gpu(device)
     if implementation == "pallas_gpu" and obstacle:
         raise ValueError(
             f"implementation 'pallas_gpu' cannot run here: {obstacle}; 'auto' takes what can, 'pallas_gpu_interpret' "
@@ -104,25 +103,9 @@ def _choose(implementation: str, dtype) -> str:
         return implementation
     served = dtype == jnp.float32
     if device.platform != "cpu" and (obstacle or not served):
-        _warn(f"Gaussians are blended in plain XLA, not by the kernel for GPUs: {obstacle or f'they are {dtype}'}")
+        warn_once(f"Gaussians are blended in plain XLA, not by the kernel for GPUs: {obstacle or f'they are {dtype}'}")
         served = False
     return "auto" if served else "xla"
-
-
-def _obstacle(device: Any) -> str:
-    """Why `pallas_gpu` cannot run on this device; empty if it can."""
-    capability = str(getattr(device, "compute_capability", ""))
-    if device.platform != "gpu" or not re.fullmatch(r"\d+\.\d+", capability):
-        return f"it needs an NVIDIA GPU, and this is {device.device_kind!r}"
-    if float(capability) < OLDEST_GPU:
-        return f"it needs compute capability {OLDEST_GPU}, and {device.device_kind!r} has {capability}"
-    return ""
-
-
-@functools.cache
-def _warn(message: str) -> None:
-    """Warns once."""
-    warnings.warn(message, stacklevel=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -168,17 +151,6 @@ def _dispatch(name: str, run: Callable) -> Callable:
         return functools.partial(run, IMPLEMENTATIONS[name])
     cuda, default = functools.partial(run, PALLAS_GPU), functools.partial(run, XLA)
     return lambda *arrays: lax.platform_dependent(*arrays, cuda=cuda, default=default)
-
-
-def _varying_alike(tree):
-    """The same arrays, inside `shard_map` all typed as varying over every axis over which one of them does."""
-    axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree)))
-
-    def cast(x):
-        missing = axes - jax.typeof(x).manual_axis_type.varying
-        return lax.pcast(x, tuple(missing), to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)
 
 
 def _untile(tiles: Float[Array, "tiles c px"], grid: Grid) -> Float[Array, "m h w c"]:

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.mesh import output_like
 from kernels_pallas.rasterization.shapes import CUT, GEOMETRY, PIXELS, STOP, TILE, Blended, Grid, Pairs
 
 FORWARD_UNROLL, BACKWARD_UNROLL = 4, 2  # the backward pass needs more registers
@@ -47,7 +48,9 @@ def forward(
         grid=(grid.tiles,),
         in_specs=[_whole()] * 4,
         out_specs=[_of_tile(shape) for shape in shapes],
-        out_shape=[_output(s, d, table) for s, d in zip(shapes, (table.dtype, table.dtype, jnp.int32), strict=True)],
+        out_shape=[
+            output_like(s, d, table) for s, d in zip(shapes, (table.dtype, table.dtype, jnp.int32), strict=True)
+        ],
         compiler_params=_compiled(2, features),
         interpret=interpret,
     )(table, pairs.splat, pairs.slot, pairs.start)
@@ -80,7 +83,7 @@ def backward(
         grid=(grid.tiles,),
         in_specs=[_whole()] * 4 + [_of_tile(a.shape) for a in of_tile] + [_whole()],
         out_specs=[_whole()] * 2,
-        out_shape=[_output((slots, columns), table.dtype, table), _output((slots,), jnp.int8, table)],
+        out_shape=[output_like((slots, columns), table.dtype, table), output_like((slots,), jnp.int8, table)],
         input_output_aliases={len(inputs) - 1: 1},
         compiler_params=_compiled(1, columns - GEOMETRY),
         interpret=interpret,
@@ -91,7 +94,7 @@ def backward(
         grid=(pl.cdiv(splats, SPLATS),),
         in_specs=[_whole()] * 3,
         out_specs=_whole(),
-        out_shape=_output(table.shape, table.dtype, table),
+        out_shape=output_like(table.shape, table.dtype, table),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
     )(pairs.first, rows, written)
@@ -306,8 +309,3 @@ def _whole() -> pl.BlockSpec:
 def _of_tile(shape: tuple[int, ...]) -> pl.BlockSpec:
     """The part of an array that belongs to a program's tile."""
     return pl.BlockSpec((1, *shape[1:]), lambda tile: (tile, *[0] * (len(shape) - 1)))
-
-
-def _output(shape: tuple[int, ...], dtype, like: Array) -> jax.ShapeDtypeStruct:
-    """An output that, inside `shard_map`, varies over the devices as the inputs do."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

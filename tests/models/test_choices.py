@@ -51,6 +51,7 @@ def make_maps(rng):
     return tuple(jnp.array(rng.normal(size=(1, 2, n, n, 6)), jnp.float32) for n in (7, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [("low", "high"), ("low",), ("high",)])
 def test_levels_of_the_encoder(rng, levels):
     encoder = dataclasses.replace(ENCODER, levels=levels).make(nnx.Rngs(0), Precision())

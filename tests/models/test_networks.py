@@ -91,6 +91,7 @@ def test_results_do_not_depend_on_the_order_of_views(model, rng):
     np.testing.assert_allclose(model.proposal(shuffled), model.proposal(views), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_scenes_of_a_batch_are_independent(model, rng):
     views = make_views(rng)
     alone = jax.tree.map(lambda x: x[:1], views)
@@ -139,6 +140,7 @@ def test_dense_anchors_index_the_fine_grid():
     np.testing.assert_allclose(anchors.positions[0, [0, -1]], [[-0.5] * 3, [0.5] * 3])
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter_and_only_theirs(model, rng):
     views = make_views(rng)
     graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)

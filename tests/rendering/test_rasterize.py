@@ -30,9 +30,9 @@ def assert_equal_pictures(rendering, view, expected, tolerance=2e-5):
     ("size", "views", "scale", "channels", "options"),
     [
         ((40, 56), 2, 0.08, 3, {}),
-        ((17, 33), 3, 0.4, 1, {"normals": True}),
+        pytest.param((17, 33), 3, 0.4, 1, {"normals": True}, marks=pytest.mark.slow),
         ((24, 36), 2, 0.03, 32, ALL_ON),  # Gaussians of about a pixel: what antialiasing is for
-        ((5, 7), 1, 0.1, 3, {"antialias": True}),
+        pytest.param((5, 7), 1, 0.1, 3, {"antialias": True}, marks=pytest.mark.slow),
         ((30, 30), 1, 0.1, 3, {"near": 1.5, "far": 1.9, "eps2d": 2.0, "max_alpha": 0.6}),
     ],
 )
@@ -74,7 +74,7 @@ def test_gaussians_on_axis_have_the_closed_form(on_axis, draw):
     np.testing.assert_allclose(rendering.depth[0], 2.0 * near + 2.5 * far * (1 - near), atol=4e-6)
 
 
-@pytest.mark.parametrize("variance", [0.1, 0.5, 3.0])
+@pytest.mark.parametrize("variance", [pytest.param(0.1, marks=pytest.mark.slow), 0.5, 3.0])
 def test_antialiasing_keeps_the_light(on_axis, draw, variance):
     """The sum of alpha over the picture is that of the undilated Gaussian, 2 pi o s^2, but for the cut tails."""
     opacity, focal, z = 0.9, 50.0, 2.0
@@ -167,7 +167,7 @@ def test_masked_gaussians_change_nothing(rng, make_inputs, draw):
     assert with_padding.invalid == 0
 
 
-@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("antialias", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_overflow_counts_the_pairs_that_did_not_fit(rng, make_inputs, objects_of, draw, antialias):
     size = (40, 40)
     inputs = make_inputs(rng, 50, 2, *size, scale=0.03)
@@ -175,13 +175,14 @@ def test_overflow_counts_the_pairs_that_did_not_fit(rng, make_inputs, objects_of
     assert antialias == (pairs < count_pairs(*objects_of(inputs, size)))  # fainter: fewer tiles are reached
     complete = draw(inputs, size, antialias=antialias)
     assert complete.overflow == 0
-    for missing in (1,) if antialias else (0, 1, pairs - 1):
+    for missing in (1,) if antialias else (1, pairs - 1):
         partial = draw(inputs, size, capacity=pairs - missing, antialias=antialias)
         assert partial.overflow == missing
         assert np.all(np.isfinite(partial.rgb))
-        assert np.any(np.asarray(partial.rgb) != np.asarray(complete.rgb)) == (missing > 0)
+        assert np.any(np.asarray(partial.rgb) != np.asarray(complete.rgb))
 
 
+@pytest.mark.slow
 def test_automatic_capacity_grows_with_the_data(on_axis, draw):
     """Three dots, then three that cover the picture: the same call holds both."""
     inputs = on_axis([2.0, 2.1, 2.2], [0.9, 0.9, 0.9], sigma=0.001, size=320)

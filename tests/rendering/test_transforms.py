@@ -102,6 +102,7 @@ def assert_equal_up_to_summation(ours, expected):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(b).max()))
 
 
+@pytest.mark.slow
 def test_leading_axes_equal_a_loop(rng, make_inputs, draw):
     """Scenes and views as array axes, vmap, and one call after the other: the same bits."""
     size, options = (24, 40), {"capacity": 2048, "normals": True, "antialias": True}
@@ -117,6 +118,7 @@ def test_leading_axes_equal_a_loop(rng, make_inputs, draw):
         np.testing.assert_array_equal(getattr(mapped, name), loop)
 
 
+@pytest.mark.slow
 def test_eight_devices_draw_their_own_scenes_and_views():
     """On a 4 x 2 mesh: the numbers of one device, nothing of an image's or a scene's size gathered; and jit, grad,
     vmap and shard_map composed by hand.

@@ -212,6 +212,13 @@ def test_what_a_kernel_loads_and_stores_is_not_computed():
     assert count(call, shape(32), shape(1000)).total == 4 * (8 + 8)
 
 
+def test_of_what_depends_on_the_platform_the_default_counts():
+    def chosen(x):
+        return jax.lax.platform_dependent(x, cuda=lambda x: x * 2 + 1, default=lambda x: x * 2)
+
+    assert count(chosen, shape(7)).other == 7
+
+
 def test_calls_with_their_own_derivative_are_walked():
     @jax.custom_vjp
     def product(x, y):

@@ -59,6 +59,7 @@ def evaluate(model, objective, batch):
     return run(state)
 
 
+@pytest.mark.slow
 def test_depth_pixels_and_the_proposals_mode(experiment, batch):
     """Missing depth pulls only where covered pixels count; the proposal's statistics move only in training mode."""
     losses = {}
@@ -71,6 +72,7 @@ def test_depth_pixels_and_the_proposals_mode(experiment, batch):
     assert losses["covered"]["depth"] != losses["measured"]["depth"]
 
 
+@pytest.mark.slow
 def test_the_metrics_threshold_changes_no_loss(experiment, batch):
     batch = dataclasses.replace(batch, occupancy=batch.occupancy.at[:, 2:5].set(True))
     results = []

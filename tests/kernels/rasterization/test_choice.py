@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from kernels_pallas.platforms import warn_once
 from kernels_pallas.rasterization import api
 from kernels_pallas.rasterization.api import Splats, blend
 from kernels_pallas.rasterization.shapes import WORKLOADS, Grid, Pairs
@@ -107,7 +108,7 @@ def device(platform, kind, **attributes):
 )
 def test_an_accelerator_that_is_not_served_warns_once(monkeypatch, first, dtype, expected, warning):
     monkeypatch.setattr(jax, "local_devices", lambda: [first])
-    api._warn.cache_clear()
+    warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert [api._choose("auto", jnp.dtype(dtype)) for _ in range(2)] == [expected] * 2
