@@ -23,7 +23,7 @@ import jax
 
 from geolrm_jax import recipe
 from geolrm_jax.config import load_config
-from geolrm_jax.data.pipeline import build
+from geolrm_jax.data.builders.records import build
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.logging import read_metrics
 from geolrm_jax.runtime.sharding import put_batch

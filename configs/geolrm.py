@@ -9,7 +9,8 @@ run at this size by us.
 """
 
 from geolrm_jax.config import Experiment
-from geolrm_jax.data.pipeline import DataConfig, FolderSource
+from geolrm_jax.data.builders.config import DataConfig
+from geolrm_jax.data.folder import FolderSource
 from geolrm_jax.evaluation.protocol import Protocol
 from geolrm_jax.models.geolrm import GeoLRMConfig
 from geolrm_jax.training.loop import StageConfig

@@ -10,7 +10,8 @@ objects, 6 inputs and 4 targets at 128^2: PSNR 18.8 dB, nearest input view 17.2 
 from dataclasses import replace
 
 from geolrm_jax.config import Experiment, load_config
-from geolrm_jax.data.pipeline import DataConfig, FolderSource
+from geolrm_jax.data.builders.config import DataConfig
+from geolrm_jax.data.folder import FolderSource
 
 UNSEEN = ("basket", "milk", "moka_pot", "white_yellow_mug")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from geolrm_jax.data.pipeline import DataConfig, FolderSource
+from geolrm_jax.data.builders.config import DataConfig
 from geolrm_jax.evaluation.protocol import Protocol
 from geolrm_jax.export.files import written_whole
 from geolrm_jax.models.geolrm import GeoLRMConfig
@@ -65,16 +65,9 @@ class Experiment:
 
     def absolute(self) -> "Experiment":
         """The same with absolute paths, so that the work directory alone says where everything is."""
-        data = self.data
         files = {
             name: os.path.abspath(path) for name in ("start_from", "dinov2_weights") if (path := getattr(self, name))
         }
-        if data.root:
-            data = dataclasses.replace(data, root=os.path.abspath(data.root))
-        if isinstance(data.source, FolderSource):
-            data = dataclasses.replace(
-                data, source=dataclasses.replace(data.source, root=os.path.abspath(data.source.root))
-            )
         stages = {
             name: dataclasses.replace(stage, pipeline=stage.pipeline.absolute()) for name, stage in self.stages.items()
         }
@@ -83,7 +76,7 @@ class Experiment:
         if weights:
             objective = dataclasses.replace(reconstruction.objective, lpips_weights=os.path.abspath(weights))
             stages["reconstruction"] = dataclasses.replace(reconstruction, objective=objective)
-        return dataclasses.replace(self, data=data, **stages, **files)
+        return dataclasses.replace(self, data=self.data.absolute(), **stages, **files)
 
     @property
     def stages(self) -> dict[str, StageConfig]:

@@ -1,8 +1,7 @@
 """`geolrm data`: sets of objects made, checked and rendered; each job is a function of the table at the end."""
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from geolrm_jax.data_render_cli import render
@@ -20,31 +19,16 @@ def run(arguments: Arguments, program: str) -> None:
     JOBS[job](arguments[1:], f"{program} {job}")
 
 
-@contextlib.contextmanager
-def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function (split, objects done, objects in all) that shows a bar for each split."""
-    with contextlib.ExitStack() as stack:
-        bars: dict[str, logging.Progress] = {}
-
-        def advance(split: str, done: int, total: int) -> None:
-            if split not in bars:
-                bars[split] = stack.enter_context(
-                    logging.progress(f"{split} objects", total, start=done, unit="object")
-                )
-            bars[split].update(done)
-
-        yield advance
-
-
 def build(arguments: Arguments, program: str) -> None:
     """write a source's objects into a set that training reads"""
     known = _build_parser(program).parse_args(arguments)
 
-    from geolrm_jax.data.builders.records import DataConfig
+    from geolrm_jax.data.builders.config import DataConfig
+    from geolrm_jax.data.builders.layout import REJECTED_FILE, read_rejected
     from geolrm_jax.data.builders.records import build as build_set
 
     config = DataConfig(_SOURCES[known.kind](known), known.grid, known.rounding, known.encoding)
-    with shown_progress() as advance:
+    with logging.bars("object") as advance:
         directory = build_set(
             config,
             known.out,
@@ -53,10 +37,10 @@ def build(arguments: Arguments, program: str) -> None:
             max_rejected=known.max_rejected,
             objects_per_shard=known.objects_per_shard,
         )
-    rejected = (directory / "rejected.jsonl").read_text().splitlines()
+    rejected = read_rejected(directory)
     logging.summary(
         f"{directory}: complete",
-        [("not in the set", f"{len(rejected)} objects, each with its reason, in {directory / 'rejected.jsonl'}")],
+        [("not in the set", f"{len(rejected)} objects, each with its reason, in {directory / REJECTED_FILE}")],
         [
             ("check it", f"geolrm data check {directory}"),
             ("train on it", f"geolrm train --config NAME --data.root {directory} --data.built"),
@@ -161,7 +145,7 @@ def check(arguments: Arguments, program: str) -> None:
 
     from geolrm_jax.data.checking import check as check_set
 
-    with shown_progress() as advance:
+    with logging.bars("object") as advance:
         report = check_set(
             known.set, every=known.every, pictured=known.pictured, processes=known.processes, advance=advance
         )

@@ -1,7 +1,7 @@
 """`geolrm data render`: meshes into posed pictures; needs the extra `mesh`."""
 
 import argparse
-import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -43,15 +43,14 @@ def render(arguments: Sequence[str], program: str) -> None:
     config = RenderConfig(
         size=known.size, samples=known.samples, views=_numbers(known.views), light=known.light, up=known.up
     )
-    with contextlib.ExitStack() as stack:
-        bars = []
-
-        def advance(done: int, total: int) -> None:
-            if not bars:  # how much there is to do is known when the folders have been read
-                bars.append(stack.enter_context(logging.progress("rendering", total, unit="view")))
-            bars[0].update(done)
-
-        report = render_meshes(known.meshes, known.out, config, processes=known.processes, advance=advance)
+    with logging.bars("view") as advance:
+        report = render_meshes(
+            known.meshes,
+            known.out,
+            config,
+            processes=known.processes,
+            advance=functools.partial(advance, "rendered"),
+        )
     if report.variant == "scalar_rgb":
         logging.warn("rendered by Mitsuba's scalar variant: it is faster where LLVM 18 to 21 is installed")
     if report.rejected:

@@ -1,6 +1,5 @@
 """The roof: stages one after the other, evaluation, inference, each from a config or a work directory alone."""
 
-import contextlib
 import functools
 import sys
 import time
@@ -13,9 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from geolrm_jax.config import Experiment, check_workdir, read_config, to_tree, write_config
+from geolrm_jax.data.builders.config import DataConfig
+from geolrm_jax.data.builders.layout import REJECTED_FILE, read_rejected
+from geolrm_jax.data.builders.records import build
+from geolrm_jax.data.examples import make_views
 from geolrm_jax.data.folder import FolderSource, find_objects
 from geolrm_jax.data.folder import read_views as read_gobjaverse
-from geolrm_jax.data.pipeline import DataConfig, RecordSource, build, make_views, open_split, training_dataset
+from geolrm_jax.data.pipeline import training_dataset
+from geolrm_jax.data.reader import RecordSource, open_split
 from geolrm_jax.data.record import PosedImages
 from geolrm_jax.data.transforms import read_views as read_transforms
 from geolrm_jax.evaluation.protocol import choose_inputs
@@ -78,16 +82,13 @@ def run(experiment: Experiment, workdir: Path) -> None:
 
 
 def build_shown(config: DataConfig, directory: Path) -> Path:
-    """`build` with a bar for each split."""
-    with contextlib.ExitStack() as stack:
-        bars: dict[str, logging.Progress] = {}
-
-        def advance(split: str, done: int, total: int) -> None:
-            if split not in bars:
-                bars[split] = stack.enter_context(logging.progress(f"{split} objects", total, unit="object"))
-            bars[split].update(done)
-
-        return build(config, directory, advance=advance)
+    """`build` with a bar for each split, and a word on what is not in the set."""
+    with logging.bars("object") as advance:
+        build(config, directory, advance=advance)
+    rejected = read_rejected(directory)
+    if rejected:
+        logging.notice(f"{len(rejected)} objects of the source are not in the set: see {directory / REJECTED_FILE}")
+    return directory
 
 
 def check_batches(experiment: Experiment) -> None:

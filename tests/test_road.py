@@ -160,7 +160,7 @@ def write_gobjaverse(root: Path, objects=("chair", "lamp"), views=(0, 3, 6, 9, 1
     import OpenEXR
     from PIL import Image
 
-    from geolrm_jax.data.pipeline import ProceduralSource
+    from geolrm_jax.data.procedural import ProceduralSource
 
     source = ProceduralSource(len(objects), 0, seed=5, size=size, view_ids=views)
     for name, id in zip(objects, source.ids("train"), strict=True):

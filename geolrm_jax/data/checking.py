@@ -14,7 +14,7 @@ from PIL import Image
 
 from geolrm_jax.data.builders.agreement import check_agreement
 from geolrm_jax.data.builders.config import read_config
-from geolrm_jax.data.builders.layout import KINDS, MANIFEST_FILE, REJECTED_FILE, VERSION
+from geolrm_jax.data.builders.layout import KINDS, MANIFEST_FILE, VERSION, read_rejected
 from geolrm_jax.data.builders.shards import describe_file
 from geolrm_jax.data.builders.workers import cores, run_tasks
 from geolrm_jax.data.occupancy import drop_edges, occupancy_from_depth, occupancy_from_silhouettes
@@ -203,7 +203,7 @@ def _summary(
     for shard in shards:
         objects[shard["split"]] += shard["objects"]
     size = sum(stated["bytes"] for shard in shards for stated in shard["files"].values())
-    rejected = [json.loads(line)["kind"] for line in (directory / REJECTED_FILE).read_text().splitlines()]
+    rejected = [entry["kind"] for entry in read_rejected(directory)]
     voxels = [count for result in results for count in result["voxels"]]
     views = [count for result in results for count in result["views"]]
     rows = [

@@ -134,9 +134,9 @@ def _view_folders(folder: Path) -> dict[int, Path]:
 
 
 def _folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, without a look at each."""
+    """Names of the folders in a folder, but for hidden ones: what is unfinished is hidden."""
     with os.scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.is_dir()]
+        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _is_number(name: str) -> bool:

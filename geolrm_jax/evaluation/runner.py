@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from geolrm_jax.data.pipeline import RecordSource, make_example
+from geolrm_jax.data.examples import make_example
+from geolrm_jax.data.reader import RecordSource
 from geolrm_jax.data.record import Record
 from geolrm_jax.evaluation.protocol import Protocol, choose_inputs, nearest_view_baseline, white_baseline
 from geolrm_jax.evaluation.results import ImageScores, ObjectResult, Pictures

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +237,20 @@ def progress(description: str, total: int, *, start: int = 0, unit: str = "step"
             yield bar
     else:
         yield _Lines(description, total, start, unit)
+
+
+@contextlib.contextmanager
+def bars(unit: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A function (kind, done, in all) that shows a bar for each kind, from its first call on: "train objects"."""
+    with contextlib.ExitStack() as stack:
+        shown: dict[str, Progress] = {}
+
+        def advance(kind: str, done: int, total: int) -> None:
+            if kind not in shown:
+                shown[kind] = stack.enter_context(progress(f"{kind} {unit}s", total, start=done, unit=unit))
+            shown[kind].update(done)
+
+        yield advance
 
 
 def _say(text: str, style: str | None = None) -> None:

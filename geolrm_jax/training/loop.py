@@ -14,7 +14,8 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from geolrm_jax.data.pipeline import RING_VIEWS, PipelineConfig, ViewRule
+from geolrm_jax.data.examples import RING_VIEWS, ViewRule
+from geolrm_jax.data.pipeline import PipelineConfig
 from geolrm_jax.inference import abstract_model
 from geolrm_jax.models.geolrm import GeoLRMConfig
 from geolrm_jax.precision import Precision

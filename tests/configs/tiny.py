@@ -1,7 +1,8 @@
 """The smallest experiment that goes down the whole road: for tests."""
 
 from geolrm_jax.config import Experiment
-from geolrm_jax.data.pipeline import DataConfig, ProceduralSource
+from geolrm_jax.data.builders.config import DataConfig
+from geolrm_jax.data.procedural import ProceduralSource
 from geolrm_jax.evaluation.protocol import Protocol
 from geolrm_jax.models.dinov2 import ViTConfig
 from geolrm_jax.models.gaussian_decoder import GaussianDecoderConfig

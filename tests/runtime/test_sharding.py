@@ -17,7 +17,7 @@ import dataclasses, json, sys
 import jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
 from geolrm_jax.config import load_config
-from geolrm_jax.data.pipeline import build
+from geolrm_jax.data.builders.records import build
 from geolrm_jax.recipe import make_trainer
 from geolrm_jax.runtime.sharding import MeshConfig, put_batch
 from geolrm_jax.training import loop

@@ -13,7 +13,7 @@ import dataclasses, json, re, sys
 import jax
 from pathlib import Path
 from geolrm_jax.config import load_config
-from geolrm_jax.data.pipeline import build
+from geolrm_jax.data.builders.records import build
 from geolrm_jax.recipe import make_trainer
 from geolrm_jax.runtime.sharding import put_batch
 from geolrm_jax.training import loop

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from geolrm_jax.data.procedural import ProceduralSource
 from geolrm_jax.data.record import FORMAT_VERSION, Encoding
 from geolrm_jax.data.transforms import TransformsSource
 from geolrm_jax.geometry.voxels import Rounding
+
+_SOURCE_PATHS = ("root", "index", "captions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,15 @@ class DataConfig:
             raise ValueError("data.built says that data.root holds a finished set: name it")
         if self.occupancy_grid < 2:
             raise ValueError(f"data.occupancy_grid must be at least 2, got {self.occupancy_grid}")
+
+    def absolute(self) -> "DataConfig":
+        """The same with absolute paths: of the set, and of the folder and lists of its source."""
+
+        def with_paths(config: Any, *names: str) -> Any:
+            paths = {name: os.path.abspath(path) for name in names if (path := getattr(config, name, None))}
+            return dataclasses.replace(config, **paths)
+
+        return with_paths(dataclasses.replace(self, source=with_paths(self.source, *_SOURCE_PATHS)), "root")
 
 
 def stored_config(config: DataConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ Shard k of a split holds the same objects in both. Both open with `tfds.builder_
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,15 @@ def stored_view(values: Mapping[str, Any]) -> StoredView:
 def shard_file(kind: str, split: str, shard: int, shards: int) -> str:
     """Path of a shard's file inside the set."""
     return f"{kind}/{VERSION}/{kind}-{split}.array_record-{shard:05d}-of-{shards:05d}"
+
+
+def read_rejected(directory: Path | str) -> list[dict[str, str]]:
+    """The source's objects that are not in a set: {"split", "id", "reason", "kind"} of each."""
+    file = Path(directory) / REJECTED_FILE
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or missing: {error}") from error
 
 
 def write_metadata(directory: Path, shard_lengths: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
