@@ -1,6 +1,6 @@
 """Data: procedural rendering, building a set, reading it for training, memory of a reader.
 
-    python benchmarks/data.py [--parts rendering building reading memory] [--size 448] [--out FILE]
+    python benchmarks/data.py [--parts rendering building reading memory] [--size 448] [--read-size 448] [--out FILE]
 
 Objects are procedural, rendered and written in the GObjaverse layout, then built and read as a user's would be, from
 a folder that is removed again (--folder keeps it for another time). Files are in memory: disks are not measured.
@@ -23,20 +23,14 @@ from pathlib import Path
 import measuring
 import numpy as np
 
-from geolrm_jax.data.examples import premultiply
+from geolrm_jax.data.builders.config import DataConfig
+from geolrm_jax.data.builders.records import build
+from geolrm_jax.data.examples import make_example, premultiply
+from geolrm_jax.data.folder import FolderSource
 from geolrm_jax.data.folder_writing import write_view
-from geolrm_jax.data.pipeline import (
-    DataConfig,
-    FolderSource,
-    PipelineConfig,
-    ProceduralSource,
-    RecordSource,
-    build,
-    make_example,
-    make_views,
-    open_split,
-    training_dataset,
-)
+from geolrm_jax.data.pipeline import PipelineConfig, training_dataset
+from geolrm_jax.data.procedural import ProceduralSource
+from geolrm_jax.data.reader import RecordSource, open_split
 
 VIEWS = tuple(v for v in range(40) if v not in (24, 39))
 DISTINCT = 2  # rendered; the other objects are copies of them
@@ -117,10 +111,10 @@ def building(root: Path, size: int, objects: int) -> dict:
     return result
 
 
-def reading(root: Path, size: int, objects: int) -> dict:
+def reading(root: Path, size: int, read_size: int, objects: int) -> dict:
     """Samples/s of the training pipeline, and where the time of a sample goes, both encodings."""
     folder = write_objects(root / f"objects_{size}", size, objects)
-    result = {"size": size, "drawn": DRAWN, "of": len(VIEWS)}
+    result = {"size": size, "read_size": read_size, "drawn": DRAWN, "of": len(VIEWS)}
     for encoding in ("raw", "png"):
         config = DataConfig(FolderSource(str(folder)), occupancy_grid=128, image_encoding=encoding)
         built = build(config, root / f"built_{encoding}")
@@ -128,15 +122,15 @@ def reading(root: Path, size: int, objects: int) -> dict:
         stored = sum(file.stat().st_size for file in built.rglob("*") if file.is_file())
         result[encoding] = {
             "MB_per_object": stored / objects / 1e6,
-            "ms_per_sample": parts_of_a_sample(train, size),
-            **{f"{p} processes, {t} threads": samples_per_second(train, size, p, t) for p, t in WAYS},
+            "ms_per_sample": parts_of_a_sample(train, read_size),
+            **{f"{p} processes, {t} threads": samples_per_second(train, read_size, p, t) for p, t in WAYS},
         }
     return result
 
 
 def parts_of_a_sample(train: RecordSource, size: int, repeats: int = 20) -> dict[str, dict[str, float]]:
-    """Milliseconds in one thread, each part including what it needs."""
-    record, ids, smaller = train[0], list(VIEWS[3 : 3 + DRAWN]), size // 28 * 28 - 56
+    """Milliseconds in one thread; decoding includes reading, the whole example all but the copy into its batch."""
+    record, ids = train[0], list(VIEWS[3 : 3 + DRAWN])
     rows = [record.view_ids.tolist().index(view) for view in ids]
     views = record.views(ids)
     calls = {
@@ -144,7 +138,6 @@ def parts_of_a_sample(train: RecordSource, size: int, repeats: int = 20) -> dict
         "read 8 views, undecoded": lambda: record.read_views(rows),
         "read and decode 8 views": lambda: record.views(ids),
         "premultiply": lambda: premultiply(views.rgba),
-        "premultiply and resize": lambda: make_views(views, (smaller, smaller)),
         "occupancy": lambda: record.occupancy,
         "the whole example": lambda: make_example(record, ids[:INPUTS], ids, (size, size), (size, size)),
     }
@@ -195,6 +188,7 @@ def main() -> None:
     parts = ("rendering", "building", "reading", "memory")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--size", type=int, default=448, help="of stored views that are read")
+    parser.add_argument("--read-size", type=int, default=448, help="of the inputs and targets made of them")
     parser.add_argument("--build-size", type=int, default=512, help="of views in the building part")
     parser.add_argument("--render-size", type=int, default=128, help="of rendered views")
     # Grain's shuffle takes milliseconds for the next of a few numbers, and microseconds for that of thousands.
@@ -211,7 +205,7 @@ def main() -> None:
         calls = {
             "rendering": lambda: rendering(arguments.render_size, arguments.rendered),
             "building": lambda: building(root, arguments.build_size, arguments.built),
-            "reading": lambda: reading(root, arguments.size, arguments.objects),
+            "reading": lambda: reading(root, arguments.size, arguments.read_size, arguments.objects),
             "memory": lambda: memory(root, arguments.records),
         }
         result |= {name: calls[name]() for name in arguments.parts}

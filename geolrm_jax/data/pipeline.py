@@ -21,34 +21,10 @@ import numpy as np
 from absl import flags
 
 from geolrm_jax.data.augmentation import Augmentation
-from geolrm_jax.data.builders.records import DataConfig, build, read_config
-from geolrm_jax.data.examples import RING_VIEWS, ViewRule, choose_views, make_example, make_views
-from geolrm_jax.data.folder import FolderSource
-from geolrm_jax.data.procedural import ProceduralSource
+from geolrm_jax.data.examples import ViewRule, choose_views, make_example
 from geolrm_jax.data.reader import RecordSource, open_split
-from geolrm_jax.data.record import DamagedRecord, Encoding, PosedImages, Record
+from geolrm_jax.data.record import DamagedRecord
 from geolrm_jax.scene import Batch
-
-__all__ = [
-    "RING_VIEWS",
-    "Augmentation",
-    "DataConfig",
-    "Encoding",
-    "FolderSource",
-    "PipelineConfig",
-    "PosedImages",
-    "ProceduralSource",
-    "Record",
-    "RecordSource",
-    "ViewRule",
-    "build",
-    "choose_views",
-    "make_example",
-    "make_views",
-    "open_split",
-    "record_order",
-    "training_dataset",
-]
 
 _ATTEMPTS = 100  # records tried for one position before a set counts as unreadable
 _POSITION = "position"
@@ -62,11 +38,13 @@ class PipelineConfig:
     mixed: tuple[tuple[str, float], ...] = ()
     """Other built sets that are mixed in, each a folder and its weight; the run's own set has the weight 1."""
     max_damaged: float = 0.01
-    """Share of an epoch's records that may be damaged; one more and the run stops with their list."""
+    """Share of an epoch's records that may be damaged; one more and the run stops with their list. A run that goes on
+    from a checkpoint counts anew."""
     threads: int = 2
-    """Batches that are decoded at the same time, in this process or in each worker process."""
+    """Batches that are decoded at the same time, in this process or in each worker process; as many wait decoded."""
     processes: int = 0
-    """Worker processes; 0 decodes in the training process, which is enough where steps are slow."""
+    """Worker processes; 0 decodes in the training process, whose threads do not wait for each other: decoding leaves
+    the interpreter. Workers hand batches over in shared memory, which costs about as much as decoding."""
 
     def __post_init__(self):
         if self.threads < 1 or self.processes < 0:
@@ -140,7 +118,7 @@ def training_dataset(
     if batch % shard[1]:
         raise ValueError(f"a batch of {batch} objects cannot be shared by {shard[1]} processes")
     sources = [source, *(open_split(root, "train") for root, _ in config.mixed)]
-    check_sources(sources)
+    _check_sources(sources)
     reader = _ReadBatch(
         sources=tuple(sources),
         order=record_order([len(s) for s in sources], [1.0, *(weight for _, weight in config.mixed)], seed),
@@ -156,12 +134,12 @@ def training_dataset(
     return _TrainingDataset(reader, batch, shard[1], config, report)
 
 
-def check_sources(sources: Sequence[RecordSource]) -> None:
+def _check_sources(sources: Sequence[RecordSource]) -> None:
     """Raises a ValueError unless every set has records and all have one occupancy grid."""
     for source in sources:
         if len(source) == 0:
             raise ValueError(f"{source!r} is empty")
-    grids = {str(source.directory): read_config(source.directory)["occupancy_grid"] for source in sources}
+    grids = {str(source.directory): source.config["occupancy_grid"] for source in sources}
     if len(set(grids.values())) > 1:
         raise ValueError(f"sets that are mixed need one occupancy_grid, got {grids}")
 
@@ -203,8 +181,8 @@ class _ReadBatch(grain.transforms.Map):
                 batch = jax.tree.map(lambda x: np.empty((len(self.rows), *np.shape(x)), x.dtype), fields)
             # Copied at once, not stacked at the end: an example's memory serves for the next one. New memory costs
             # page faults, which took half of the time.
-            for rows, x in zip(jax.tree.leaves(batch), jax.tree.leaves(fields), strict=True):
-                rows[place] = x
+            for out, x in zip(jax.tree.leaves(batch), jax.tree.leaves(fields), strict=True):
+                out[place] = x
         return batch, damaged
 
     def assemble(self, batch: dict[str, Any]) -> Batch:

@@ -1,15 +1,19 @@
 """Examples: sizes and colours, view choice, batches."""
 
 import itertools
+import os
 import pickle
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from scipy.ndimage import zoom
 
-from geolrm_jax.data.examples import premultiply
-from geolrm_jax.data.pipeline import choose_views, make_example, open_split, training_dataset
+from geolrm_jax.data.examples import choose_views, make_example, premultiply
+from geolrm_jax.data.pipeline import training_dataset
+from geolrm_jax.data.reader import open_split
 from geolrm_jax.geometry.cameras import rays
 
 
@@ -127,6 +131,27 @@ def test_every_epoch_holds_every_record_in_another_order(train):
 
 def test_records_can_be_sent_to_worker_processes(train):
     assert pickle.loads(pickle.dumps(train))[3].id == train[3].id
+
+
+_READ_A_BATCH = """
+import sys
+from geolrm_jax.data.augmentation import Augmentation
+from geolrm_jax.data.pipeline import PipelineConfig, training_dataset
+from geolrm_jax.data.reader import open_split
+
+sizes = dict(input_size=(28, 28), render_size=(24, 24))
+config = PipelineConfig(augmentation=Augmentation(roll=5.0, color=0.1))
+dataset = training_dataset(open_split(sys.argv[1], "train"), batch=2, views=3, inputs=2, seed=0, config=config, **sizes)
+print(next(iter(dataset)).targets.rgb.shape)
+"""
+
+
+def test_reading_leaves_the_accelerator_alone(tiny_set):
+    """A worker process that touched it would take its memory; a TPU would not let it in. Here any touch is an error."""
+    environment = {**os.environ, "JAX_PLATFORMS": "absent"}
+    command = [sys.executable, "-c", _READ_A_BATCH, str(tiny_set)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.stdout == "(2, 3, 24, 24, 3)\n", ended.stderr
 
 
 def test_impossible_requests_are_refused(train):

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from geolrm_jax.data.augmentation import Augmentation, Drawn, color_matrix, roll
-from geolrm_jax.data.pipeline import PipelineConfig, make_views, open_split, training_dataset
+from geolrm_jax.data.examples import make_views
+from geolrm_jax.data.pipeline import PipelineConfig, training_dataset
+from geolrm_jax.data.reader import open_split
 from geolrm_jax.geometry.cameras import orbit, project
 from geolrm_jax.scene import Views
 

@@ -8,15 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from geolrm_jax.data.builders.records import build
-from geolrm_jax.data.pipeline import (
-    DataConfig,
-    PipelineConfig,
-    ProceduralSource,
-    open_split,
-    record_order,
-    training_dataset,
-)
+from geolrm_jax.data.pipeline import PipelineConfig, record_order, training_dataset
+from geolrm_jax.data.reader import open_split
 
 BATCH = 4  # of all processes together
 
@@ -24,12 +17,6 @@ BATCH = 4  # of all processes together
 @pytest.fixture(scope="module")
 def train(tiny_set):
     return open_split(tiny_set, "train")
-
-
-@pytest.fixture(scope="module")
-def other_set(tmp_path_factory):
-    source = ProceduralSource(train_objects=3, test_objects=0, seed=9, size=32, view_ids=(1, 5, 9, 13, 17, 21, 26))
-    return build(DataConfig(source, occupancy_grid=16), tmp_path_factory.mktemp("data") / "other")
 
 
 def iterator(source, index=0, count=1, **config):
@@ -99,15 +86,24 @@ def test_a_state_of_any_step_goes_on_with_any_number_of_processes(train, sequenc
         assert_same(sequence[saved_at : saved_at + 3], take_together(restored, 3))
 
 
-def test_a_run_that_changes_its_processes_often_sees_every_batch_once(train, sequence):
-    state, seen = None, []
-    for count in (1, 2, 4, 2, 1):
-        processes = [iterator(train, index, count) for index in range(count)]
-        for batches in processes if state else ():
-            batches.set_state(state)
-        seen += take_together(processes, 2)
-        state = processes[-1].get_state()
-    assert_same(sequence, seen)
+@pytest.mark.parametrize("case", ["one set", "two sets", "two sets, damaged"])
+def test_a_run_that_changes_its_processes_sees_the_same_sequence(case, tiny_set, other_set, damaged_set):
+    """Saved with 1, then 2, then 4 processes, at every step of more than four epochs; damage is met on the way."""
+    source = open_split(damaged_set if "damaged" in case else tiny_set, "train")
+    config = dict(mixed=((str(other_set), 0.5),) if "two" in case else (), max_damaged=1.0)
+    sequence = take(iterator(source, **config), 11)
+    alone = iterator(source, **config)
+    for step in range(8):
+        state, seen = alone.get_state(), []
+        take(alone, 1)
+        for count in (2, 4, 1):
+            processes = [iterator(source, index, count, **config) for index in range(count)]
+            for batches in processes:
+                batches.set_state(state)
+            seen += take_together(processes, 1)
+            state = processes[-1].get_state()
+        assert_same(sequence[step : step + 3], seen)
+    assert list(alone.damaged) == (["procedural/train/2"] if "damaged" in case else [])
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,13 +10,19 @@ import pytest
 from geolrm_jax.config import load_config
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.logging import read_metrics
+from geolrm_jax.runtime.sharding import MeshConfig, batch_sharding
 from geolrm_jax.scene import Batch, Cameras, Views
+from geolrm_jax.training import loop
 from geolrm_jax.training.loop import DOUBLINGS, Monitor, drawn_inputs, with_inputs
 
 
 @pytest.fixture
-def stage(request):
-    tiny = load_config(str(request.config.rootpath / "tests" / "configs" / "tiny.py"))
+def tiny(request):
+    return load_config(str(request.config.rootpath / "tests" / "configs" / "tiny.py"))
+
+
+@pytest.fixture
+def stage(tiny):
     return dataclasses.replace(tiny.reconstruction, log_every=2, max_skipped=2, max_growth=2)
 
 
@@ -79,10 +86,63 @@ def test_drawn_inputs_cover_the_choices_and_repeat(stage):
         dataclasses.replace(paper, other_inputs=(1,))
 
 
-def test_only_the_drawn_inputs_are_taken(stage):
-    cameras = Cameras(np.zeros((2, 5, 4, 4), np.float32), np.zeros((2, 5, 3, 3), np.float32), 1, 1)
-    numbers = np.broadcast_to(np.arange(5, dtype=np.float32)[:, None, None], (2, 5, 1, 1))
-    views = Views(cameras, np.repeat(numbers[..., None], 3, -1), numbers, numbers, np.ones((2, 5), bool))
-    batch = with_inputs(Batch(views, views, np.zeros((2, 1, 1, 1), bool), np.zeros(2, np.int32)), (0, 1, 4))
-    np.testing.assert_array_equal(batch.inputs.depth[:, :, 0, 0], [[0, 1, 4]] * 2)
+def numbered_batch(views=5) -> Batch:
+    """Two objects whose views hold their own numbers as depth."""
+    cameras = Cameras(np.zeros((2, views, 4, 4), np.float32), np.zeros((2, views, 3, 3), np.float32), 1, 1)
+    numbers = np.broadcast_to(np.arange(views, dtype=np.float32)[:, None, None], (2, views, 1, 1))
+    pictures = Views(cameras, np.repeat(numbers[..., None], 3, -1), numbers, numbers, np.ones((2, views), bool))
+    return Batch(pictures, pictures, np.zeros((2, 1, 1, 1), bool), np.zeros(2, np.int32))
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 4), (0, 1, 2)])
+def test_only_the_drawn_inputs_are_taken(wanted):
+    batch = with_inputs(numbered_batch(), wanted)
+    np.testing.assert_array_equal(batch.inputs.depth[:, :, 0, 0], [wanted] * 2)
     assert batch.inputs.cameras.intrinsics.shape == (2, 3, 3, 3) and batch.targets.valid.shape == (2, 5)
+
+
+class Batches:
+    """Endless batches with a state."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return numbered_batch()
+
+    def get_state(self):
+        return {"position": 0}
+
+
+def test_a_batch_is_sent_before_the_step_before_it_is_waited_for(tiny, tmp_path, monkeypatch):
+    """The order of the loop's work, with a step that trains nothing: between lines of the log the device always has a
+    step to do while the host waits, reads and sends."""
+    order = []
+
+    def noted(name, function):
+        def call(*arguments):
+            order.append(name(*arguments))
+            return function(*arguments)
+
+        return call
+
+    @jax.jit
+    def step(state, constants, batch):
+        return state, metrics(batch.targets.depth.max())
+
+    state = {name: {"x": jnp.zeros(2)} for name in ("params", "batch_stats", "opt_state")} | {"step": jnp.array(0)}
+    prepared = loop.Prepared(
+        jax.eval_shape(lambda: state),
+        lambda: state,
+        lambda objective: noted(lambda *_: "step", step),
+        None,
+        batch_sharding(MeshConfig().make()),
+    )
+    monkeypatch.setattr(loop, "prepare", lambda trainer: prepared)
+    monkeypatch.setattr(loop, "put_batch", noted(lambda *_: "send", loop.put_batch))
+    monkeypatch.setattr(Monitor, "_take", noted(lambda monitor, done, *_: f"wait for {done}", Monitor._take))
+    saving = dataclasses.replace(tiny.reconstruction.checkpoint, every=4)
+    stage = dataclasses.replace(tiny.reconstruction, steps=4, log_every=4, checkpoint=saving)
+    loop.train(loop.Trainer("stage", stage, tiny.model, tiny.precision, tiny.mesh, 0, tmp_path, Batches()))
+    expected = "send, step, send, step, wait for 1, send, step, wait for 2, send, step, wait for 3, wait for 4"
+    assert order == expected.split(", ")
