@@ -18,8 +18,6 @@ from geolrm_jax.scene import Cameras
 TILE = 8
 # Sample positions in a pixel: its centre, whose depth and normal are returned, and a rotated grid of four.
 SAMPLES = np.array([[0.5, 0.5], [0.375, 0.125], [0.875, 0.375], [0.125, 0.625], [0.625, 0.875]], np.float32)
-LIGHT = tuple((np.array([0.45, -0.35, 0.82]) / np.linalg.norm([0.45, -0.35, 0.82])).tolist())
-AMBIENT = 0.5
 _HALF_DIAGONAL = 0.5 * 2.0**0.5
 _TOLERANCE = 2e-4
 _ROUNDS, _STEPS = 12, 6
@@ -97,8 +95,9 @@ def _shade(shapes: sdf.Shapes, rays: Rays, z: Float[Array, "n"]) -> Float[Array,
     approach = -sum(g * d for g, d in zip(gradient, rays[1], strict=True))
     # One Newton step along the ray takes away what the marching tolerance left.
     z = z + jnp.clip(value / jnp.maximum(approach, 0.02), -20.0 * _TOLERANCE, 20.0 * _TOLERANCE)
-    lambert = jnp.maximum(sum(n * light for n, light in zip(normal, LIGHT, strict=True)), 0.0)
-    rgb = sdf.color(shapes, _at(rays, z)) * (AMBIENT + (1.0 - AMBIENT) * lambert)
+    *light, ambient = shapes.light
+    lambert = jnp.maximum(sum(n * c for n, c in zip(normal, light, strict=True)), 0.0)
+    rgb = sdf.color(shapes, _at(rays, z)) * (ambient + (1.0 - ambient) * lambert)
     return jnp.where(value < 1.5 * _TOLERANCE, jnp.stack([*rgb, jnp.ones_like(z), z, *normal]), 0.0)
 
 
