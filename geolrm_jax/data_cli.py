@@ -24,7 +24,7 @@ def build(arguments: Arguments, program: str) -> None:
     known = _build_parser(program).parse_args(arguments)
 
     from geolrm_jax.data.builders.config import DataConfig
-    from geolrm_jax.data.builders.layout import REJECTED_FILE, read_rejected
+    from geolrm_jax.data.builders.layout import REJECTED_FILE, count_objects, read_rejected
     from geolrm_jax.data.builders.records import build as build_set
 
     config = DataConfig(_SOURCES[known.kind](known), known.grid, known.rounding, known.encoding)
@@ -38,9 +38,13 @@ def build(arguments: Arguments, program: str) -> None:
             objects_per_shard=known.objects_per_shard,
         )
     rejected = read_rejected(directory)
+    counts = ", ".join(f"{count:,} {split}" for split, count in count_objects(directory).items())
     logging.summary(
         f"{directory}: complete",
-        [("not in the set", f"{len(rejected)} objects, each with its reason, in {directory / REJECTED_FILE}")],
+        [
+            ("objects", counts),
+            ("not in the set", f"{len(rejected)} objects, each with its reason, in {directory / REJECTED_FILE}"),
+        ],
         [
             ("check it", f"geolrm data check {directory}"),
             ("train on it", f"geolrm train --config NAME --data.root {directory} --data.built"),

@@ -33,7 +33,10 @@ class RecordSource:
         except (json_format.Error, ValueError) as error:
             raise ValueError(f"{directory}: TFDS's metadata is damaged: {error}") from error
         if split not in objects.info.splits:
-            raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(objects.info.splits)}")
+            raise ValueError(
+                f"{directory} has no split {split!r}, it has {', '.join(objects.info.splits)}: what goes into which is "
+                "said when a set is built (`geolrm data build ... --test`)"
+            )
         self._objects, self._views = objects.as_data_source(split), views.as_data_source(split)
         self.shard_lengths = tuple(list(kind.info.splits[split].shard_lengths) for kind in (objects, views))
         # Where each shard's objects end, and where its views begin.

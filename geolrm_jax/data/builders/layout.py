@@ -12,6 +12,7 @@ Shard k of a split holds the same objects in both. Both open with `tfds.builder_
 import dataclasses
 import functools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,14 @@ def stored_view(values: Mapping[str, Any]) -> StoredView:
 def shard_file(kind: str, split: str, shard: int, shards: int) -> str:
     """Path of a shard's file inside the set."""
     return f"{kind}/{VERSION}/{kind}-{split}.array_record-{shard:05d}-of-{shards:05d}"
+
+
+def count_objects(directory: Path | str) -> Counter[str]:
+    """Objects of each split of a finished set."""
+    counts: Counter[str] = Counter()
+    for shard in json.loads((Path(directory) / MANIFEST_FILE).read_text())["shards"]:
+        counts[shard["split"]] += shard["objects"]
+    return counts
 
 
 def read_rejected(directory: Path | str) -> list[dict[str, str]]:
