@@ -1,12 +1,23 @@
-"""Checkpoints: one module around Orbax. Each holds the model, the optimizer, the step and the data iterator.
+"""Checkpoints: one module around Orbax. Each holds the model, the optimizer, the step, the data iterator and the run.
 
-Layout of `directory/STEP`: item `model` (`params`, `batch_stats` and, if kept, `ema`) is all that inference needs;
-item `optimizer` (`opt_state`, `step`) and `iterator` are for going on.  Saving is asynchronous and atomic: a step's
-folder has its final name only when all of it is on disk.
+Layout of `directory/STEP`: item `model` (`params`, `batch_stats` and, if kept, `ema`) is all that inference needs; item
+`optimizer` (`opt_state`, `step`) is for going on; `run/run.json` has the iterator's state, the metrics since the last
+checkpoint, and what the caller says of the run: seed, config, versions. `checksums.json` covers all of these files.
+
+Saving is asynchronous and atomic: process 0 reads all files once more for the checksums, and only then the folder gets
+its final name. A folder with that name and without checksums is damaged. All processes of a run share one file system.
+
+Orbax's CheckpointManager is not used: its constructor fails on a damaged metrics file, it skips a step that is not
+newer than the newest, and it asks JAX's preemption service with numbers of its own, which confuses who else asks.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +26,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
 
-FORMAT_VERSION = 2  # 1 had no batch counts and no mask token
-MODEL, OPTIMIZER = ("params", "batch_stats", "ema"), ("opt_state", "step")
+from geolrm_jax.runtime import logging
+from geolrm_jax.runtime.checksums import find_damage, write_checksums
+from geolrm_jax.runtime.exclusive import agreed
+
+FORMAT_VERSION = 3  # 1 had no batch counts and no mask token, 2 no checksums
+MODEL, OPTIMIZER = ("params", "batch_stats", "ema"), ("opt_state", "step", "guard")
+RUN = "run.json"
+UNFINISHED, DELETED, DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"  # behind the step in a folder's name
+UPDATED_LATER = ("_CHECKPOINT_METADATA",)  # by Orbax, with the time of the commit; nothing is read from it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,193 +45,373 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
     """Latest checkpoints kept."""
+    keep_every: int | None = None
+    """Checkpoints of multiples of this step are kept for good; a multiple of `every`."""
     best: str = "loss"
-    """Training metric, the mean since the last checkpoint, whose lowest value `best` stands for; it is kept too."""
+    """Training metric, the mean since the last checkpoint, whose best value `best` stands for; it is kept too."""
+    higher_is_better: bool = False
+    """Whether the highest value of that metric is the best, or the lowest."""
+
+    def __post_init__(self):
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"checkpoint.{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
+            raise ValueError(
+                f"checkpoint.keep_every {self.keep_every} must be a multiple of checkpoint.every {self.every}"
+            )
+
+    def best_of(self, metrics: Mapping[int, Mapping[str, float]]) -> int | None:
+        """The step of the best metrics, the later one of equals; None where no step has the metric as a number."""
+        sign = 1 if self.higher_is_better else -1
+        scores = {step: sign * found[self.best] for step, found in metrics.items() if self.best in found}
+        scores = {step: score for step, score in scores.items() if not math.isnan(score)}
+        return max(scores, key=lambda step: (scores[step], step), default=None)
+
+    def kept(self, metrics: Mapping[int, Mapping[str, float]]) -> set[int]:
+        """Which of the steps, given with their metrics, stay."""
+        latest, best = sorted(metrics)[-self.keep :], self.best_of(metrics)
+        for_good = [step for step in metrics if self.keep_every and step % self.keep_every == 0]
+        return {*latest, *for_good, *([] if best is None else [best])}
+
+
+class Checksummed(ocp.CompositeCheckpointHandler):
+    """Orbax's items of one checkpoint, with checksums behind them; `finalize` is called on process 0 alone."""
+
+    def finalize(self, directory: Any) -> None:
+        """Writes the checksums when every item is on disk, before the folder gets its final name."""
+        super().finalize(directory)
+        write_checksums(Path(directory), leaving_out=UPDATED_LATER)
+
+
+@ocp.args.register_with_handler(Checksummed, for_save=True, for_restore=True)
+class Items(ocp.args.Composite):
+    """What `Checksummed` saves or restores, by item."""
 
 
 class Checkpoints:
     """The checkpoints of one stage.
 
+    One that writes is made and called by all processes of a run together. One that reads is a process's own affair.
+
     Args:
       directory: made for writing; for reading it must exist.
       config: the stage's.
-      write: False opens for reading only, also while another process writes.
+      write: False opens for reading only, also while another process writes. True removes what a killed run has left
+        half-written: there must be no other run (`exclusive`).
+      run: what every checkpoint shall say of the run beside metrics and iterator, in JSON's types.
 
     Raises:
       FileNotFoundError: if there is nothing to read.
+      OSError: if the directory cannot be written.
       ValueError: if the checkpoints there are of another format version.
     """
 
-    def __init__(self, directory: Path | str, config: CheckpointConfig, *, write: bool):
-        self.directory = Path(directory).absolute()
-        self.config = config
-        if not write and not self.directory.is_dir():
+    def __init__(
+        self, directory: Path | str, config: CheckpointConfig, *, write: bool, run: Mapping[str, Any] | None = None
+    ):
+        self.directory, self.config, self.run = Path(directory).absolute(), config, dict(run or {})
+        self._write, self._saving, self._sound = write, None, set()
+        if write and jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.directory).close()  # now, not at the first save
+            for suffix in (UNFINISHED, DELETED):
+                for folder in self.directory.glob(f"*{suffix}"):
+                    shutil.rmtree(folder)
+        elif not write and not self.directory.is_dir():
             raise FileNotFoundError(f"no checkpoints at {self.directory}: expected a folder that training has written")
-        managers = ocp.checkpoint_managers
-        lowest = managers.BestN(get_metric_fn=self._metric, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        keep = managers.AnyPreservationPolicy([managers.LatestN(n=config.keep), lowest])
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                create=write,
-                read_only=not write,
-                save_interval_steps=int(write),
-                best_fn=self._metric,
-                best_mode="min",
-                preservation_policy=keep,
-                enable_async_checkpointing=write,
+        self._processes = ocp.options.MultiprocessingOptions()
+        if not write:
+            me = jax.process_index()
+            self._processes = ocp.options.MultiprocessingOptions(me, {me}, f"reader_{me}")
+        self._checkpointer = ocp.AsyncCheckpointer(
+            Checksummed(
+                model=ocp.StandardCheckpointHandler(multiprocessing_options=self._processes),
+                optimizer=ocp.StandardCheckpointHandler(multiprocessing_options=self._processes),
+                run=ocp.JsonCheckpointHandler(RUN, multiprocessing_options=self._processes),
             ),
-            item_handlers={
-                "model": ocp.StandardCheckpointHandler(),
-                "optimizer": ocp.StandardCheckpointHandler(),
-                # Not Grain's handler, which writes a file per process and finds none when their number has changed.
-                "iterator": ocp.JsonCheckpointHandler(),
-            },
-            metadata={"format_version": FORMAT_VERSION} if write else None,
+            # Folders are made at once: what is wrong with the directory is an error of `save`.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+            multiprocessing_options=self._processes,
         )
         self._check_version()
 
     def _check_version(self) -> None:
-        saved = self._manager.metadata().custom_metadata or {}
-        if self.steps and saved.get("format_version") != FORMAT_VERSION:
+        found = {step: self._about(step).get("format_version") for step in self.steps}
+        if found and (self.directory / "metadata").is_dir():  # where versions 1 and 2 had it, for all steps together
+            found = dict.fromkeys(found, "1 or 2")
+        other = [str(version) for version in found.values() if version not in (None, FORMAT_VERSION)]
+        if other:
             raise ValueError(
-                f"{self.directory}: checkpoints of format version {saved.get('format_version')}, "
+                f"{self.directory}: checkpoints of format version {other[0]}, "
                 f"this program reads {FORMAT_VERSION} and no other: use the program that wrote them"
             )
-
-    def _metric(self, metrics: Mapping[str, float]) -> float:
-        return metrics[self.config.best]
 
     @property
     def steps(self) -> list[int]:
         """Steps of complete checkpoints, in order, those another process has written since included."""
-        self._manager.reload()
-        return sorted(self._manager.all_steps())
+        return sorted(int(folder.name) for folder in self.directory.iterdir() if folder.name.isdigit())
 
     def resolve(self, which: str | int) -> int:
-        """The step that `"latest"`, `"best"` or a number means.
+        """The step that `"latest"`, `"best"` or a number means; damaged ones are passed over with a warning.
 
         Raises:
           FileNotFoundError: if there is no such checkpoint; the message lists those there are.
+          ValueError: if there are checkpoints, but none is sound.
         """
-        steps = self.steps
-        found = {"latest": self._manager.latest_step, "best": self._manager.best_step}.get(str(which))
-        step = found() if found else int(which) if str(which).isdigit() else None
-        if step not in steps:
-            there = ", ".join(map(str, steps)) or "none"
+        there, step = self.steps, None
+        if str(which) == "latest":
+            step = self._newest_sound(("model",))[0]
+        elif str(which) == "best":
+            step = self.config.best_of(self._all_metrics())
+        elif str(which).isdigit() and int(which) in there:
+            step = int(which)
+        if step is None:
+            listed = ", ".join(map(str, there)) or "none"
             raise FileNotFoundError(
-                f"no checkpoint {which!r} in {self.directory}: expected latest, best or one of the steps {there}"
+                f"no checkpoint {which!r} in {self.directory}: expected latest, best or one of the steps {listed}"
             )
         return step
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What `save` was given beside the state."""
-        return self._manager.metrics(step)
+        """What `save` was given beside the state; empty if that is damaged."""
+        return self._about(step).get("metrics", {})
+
+    def _all_metrics(self) -> dict[int, dict[str, float]]:
+        return {step: self.metrics(step) for step in self.steps}
+
+    def _about(self, step: int) -> dict[str, Any]:
+        """`run.json`, empty where it cannot be read: `find_damage` says why."""
+        try:
+            found = json.loads((self._folder(step) / "run" / RUN).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _folder(self, step: int) -> Path:
+        return self.directory / str(step)
 
     def save(self, step: int, state: Mapping[str, Any], iterator: Any, metrics: Mapping[str, float]) -> None:
-        """Starts saving; `state` may be donated as soon as this returns.
+        """Starts saving, when what was saved before is on disk; `state` may be donated as soon as this returns.
 
-        Of `iterator` the state is saved, a JSON value that must be the same on every process.
+        Of `iterator` the state is saved, a JSON value that must be the same on every process. Metrics without the one
+        that `best` is judged by are no error: the checkpoint then is never the best. Checkpoints of the same and of
+        later steps, which a run has that was rolled back, give way.
 
         Raises:
-          ValueError: if `metrics` lacks the one that `best` is judged by.
+          OSError: if this or the checkpoint before could not be written.
         """
-        if self.config.best not in metrics:
-            raise ValueError(f"checkpoint.best is {self.config.best!r}: expected one of {', '.join(sorted(metrics))}")
+        self.wait()
+        about = {"format_version": FORMAT_VERSION, "step": step, "metrics": dict(metrics)}
+        about |= {"iterator": iterator.get_state(), "processes": jax.process_count(), "devices": jax.device_count()}
+        about = json.loads(json.dumps(about | self.run))  # it is written later, the iterator goes on now
         state = serialization.to_state_dict(state)
         items = {
             "model": ocp.args.StandardSave({name: state[name] for name in MODEL if name in state}),
-            "optimizer": ocp.args.StandardSave({name: state[name] for name in OPTIMIZER}),
-            "iterator": ocp.args.JsonSave(iterator.get_state()),
+            "optimizer": ocp.args.StandardSave({name: state[name] for name in OPTIMIZER if name in state}),
+            "run": ocp.args.JsonSave(about),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics))
+        self._sound = {(other, item) for other, item in self._sound if other != step}
+        with self._writing(step):
+            self._checkpointer.save(self._folder(step), args=Items(**items), force=True)
+        self._saving = step
+
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        for later in (found for found in self.steps if found > step):
+            self._manager.delete(later)
+
+    def wait(self) -> None:
+        """Returns when everything saved so far is on disk and what is not kept is deleted; raises as `save` does."""
+        step, self._saving = self._saving, None
+        if step is not None:
+            with self._writing(step):
+                self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                self._delete_old(step)
+
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        """Whatever fails in Orbax or TensorStore is an OSError that names the folder."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(
+                f"checkpoint {self._folder(step)} could not be written, those before it are as they were: "
+                f"{_first_line(error)}"
+            ) from error
+
+    def _delete_old(self, newest: int) -> None:
+        metrics = {step: found for step, found in self._all_metrics().items() if step <= newest}
+        for step in {*self.steps} - self.config.kept(metrics):
+            # A kill while files are deleted must not leave a folder that looks complete.
+            shutil.rmtree(self._folder(step).rename(self.directory / f"{step}{DELETED}"))
+
+    def restore_newest(self, abstract_state: Mapping[str, Any], iterator: Any) -> tuple[int, dict[str, Any]] | None:
+        """The newest sound checkpoint's step and state, as `restore` gives it; None where there is no checkpoint.
+
+        Damaged newer ones are told of and renamed to `STEP.damaged`, so that their steps can be saved again.
+
+        Raises:
+          ValueError: if there are checkpoints, but none is sound; nothing is renamed then.
+        """
+        self.wait()
+        step, none_sound = None, ""
+        if jax.process_index() == 0:
+            try:
+                step, damaged = self._newest_sound(("model", "optimizer", "run"))
+                for number in damaged:
+                    self._move_aside(number)
+            except ValueError as error:
+                none_sound = str(error)
+        found = agreed(-2 if none_sound else -1 if step is None else step)
+        if found == -2:
+            raise ValueError(none_sound or f"no checkpoint in {self.directory} is sound: process 0 says why")
+        if found == -1:
+            return None
+        return found, self.restore(found, abstract_state, iterator)
+
+    def _newest_sound(self, items: Iterable[str]) -> tuple[int | None, list[int]]:
+        """The newest step whose items are undamaged, and the newer ones, each with a warning; None without any."""
+        damaged = {}
+        for step in reversed(self.steps):
+            damage = self._damage(step, items)
+            if damage is None:
+                for number, why in damaged.items():
+                    logging.warn(f"checkpoint {self._folder(number)} is damaged and passed over for {step}: {why}")
+                return step, list(damaged)
+            damaged[step] = damage
+        if damaged:
+            listed = "; ".join(f"{step}: {why}" for step, why in damaged.items())
+            raise ValueError(f"no checkpoint in {self.directory} is sound ({listed})")
+        return None, []
+
+    def _damage(self, step: int, items: Iterable[str]) -> str | None:
+        """What is wrong with these items; each is looked at once."""
+        unknown = [item for item in items if (step, item) not in self._sound]
+        damage = find_damage(self._folder(step), unknown) if unknown else None
+        if damage is None:
+            self._sound |= {(step, item) for item in unknown}
+        return damage
+
+    def _move_aside(self, step: int) -> None:
+        names = (f"{step}{DAMAGED}{n}" for n in ("", *map(str, range(2, 1000))))
+        free = next(name for name in names if not (self.directory / name).exists())
+        self._folder(step).rename(self.directory / free)
 
     def restore(self, step: int, abstract_state: Mapping[str, Any], iterator: Any) -> dict[str, Any]:
-        """The state at `step`, laid out as `abstract_state` (shapes with shardings); `iterator` is set in place."""
+        """The state at `step`, laid out and typed as `abstract_state` says, on any mesh; `iterator` is set in place.
+
+        Raises:
+          ValueError: if the checkpoint is damaged, or of another structure or other shapes.
+        """
+        self._require_sound(step, ("model", "optimizer", "run"))
         abstract = serialization.to_state_dict(abstract_state)
         items = {
             "model": ocp.args.StandardRestore({name: abstract[name] for name in MODEL if name in abstract}),
-            "optimizer": ocp.args.StandardRestore({name: abstract[name] for name in OPTIMIZER}),
-            "iterator": ocp.args.JsonRestore(),
+            "optimizer": ocp.args.StandardRestore({name: abstract[name] for name in OPTIMIZER if name in abstract}),
         }
-        restored = self._restore(step, items)
-        iterator.set_state(restored["iterator"])
+        try:
+            restored = self._checkpointer.restore(self._folder(step), args=Items(**items))
+        except Exception as error:  # Orbax has no class of its own for what does not fit
+            raise self._misfit(step, error) from error
+        iterator.set_state(self._about(step)["iterator"])
         return serialization.from_state_dict(abstract_state, {**restored["model"], **restored["optimizer"]})
 
     def restore_model(self, step: int, abstract_model: Mapping[str, Any]) -> dict[str, Any]:
-        """`params` and `batch_stats` at `step`; the averaged parameters take the place of the raw where they exist."""
-        wanted = dict(abstract_model)
-        averaged = self._saved_tree(step).get("ema", {})
-        if averaged:
-            wanted["ema"] = {name: wanted["params"][name] for name in averaged}
-        model = self._restore(step, {"model": ocp.args.StandardRestore(wanted)})["model"]
-        params = {**model["params"], **model.get("ema", {})}
-        return {"params": params, "batch_stats": model["batch_stats"]}
+        """`params` and `batch_stats` at `step`; the averaged parameters take the place of the raw where they exist.
+
+        Args:
+          step: of a checkpoint that is there.
+          abstract_model: shapes, types and shardings of `params` and `batch_stats`, or of a part of them.
+
+        Raises:
+          ValueError: if the checkpoint is damaged, or lacks an array or has it in another shape.
+        """
+        sources, wanted, names = self._model_sources(step), {}, {}
+        for path, target in traverse_util.flatten_dict(dict(abstract_model)).items():
+            if path not in sources:
+                raise self._misfit(step, f"no {'.'.join(path[1:])} among its {path[0]}")
+            names[path], shape, _ = sources[path]
+            if shape != target.shape:
+                raise self._misfit(step, f"{'.'.join(path)} is {shape} there, {target.shape} here")
+            wanted[names[path]] = target
+        found = traverse_util.flatten_dict(self._read_arrays(step, wanted))
+        return traverse_util.unflatten_dict({path: found[name] for path, name in names.items()})
+
+    def model_arrays(self, step: int) -> dict[str, Any]:
+        """Shapes and types of all that `restore_model` can give."""
+        sources = self._model_sources(step).items()
+        return traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(*array) for path, (_, *array) in sources})
 
     def open_arrays(self, step: int) -> Callable[[str, str], np.ndarray]:
         """Reads a saved model one array at a time: `read("params", "proposal.transformer.query")`.
 
         As in `restore_model`, averaged parameters take the place of the raw where they exist.
         """
-        saved = self._saved_tree(step)
-        names, averaged = set(traverse_util.flatten_dict(saved)), saved.get("ema", {})
-        checkpointer, folder = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()), self.directory / str(step) / "model"
+        sources = self._model_sources(step)
 
         def read(collection: str, path: str) -> np.ndarray:
-            keys = path.split(".")
-            keys.insert(0, "ema" if collection == "params" and keys[0] in averaged else collection)
-            if tuple(keys) not in names:
-                raise self._incomplete(step, f"no {path} among its {keys[0]}")
-            item, as_numpy = 0, ocp.RestoreArgs(restore_type=np.ndarray)
-            for key in reversed(keys):
-                item, as_numpy = {key: item}, {key: as_numpy}
-            try:
-                wanted = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
-                found = checkpointer.restore(folder, args=wanted)
-            except (ValueError, KeyError, OSError) as error:
-                checkpointer.close()
-                raise self._incomplete(step, error) from error
-            for key in keys:
-                found = found[key]
-            return found
+            keys = (collection, *path.split("."))
+            if keys not in sources:
+                raise self._misfit(step, f"no {path} among its {collection}")
+            name = sources[keys][0]
+            return traverse_util.flatten_dict(self._read_arrays(step, {name: None}))[name]
 
         return read
 
-    def _saved_tree(self, step: int) -> Mapping[str, Any]:
-        """The saved model's names, without its arrays."""
-        self._check_items(step, ("model",))
-        try:
-            metadata = self._manager.item_metadata(step)["model"]
-        except (KeyError, ValueError, OSError) as error:
-            raise self._incomplete(step, error) from error
-        if metadata is None:
-            raise self._incomplete(step, "no metadata of the model in it")
-        return metadata.tree
+    def _model_sources(self, step: int) -> dict[tuple[str, ...], tuple[tuple[str, ...], tuple[int, ...], np.dtype]]:
+        """For every array of `params` and `batch_stats`: its name in the checkpoint, its shape and its type."""
+        self._require_sound(step, ("model",))
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=self._processes)
+        saved = traverse_util.flatten_dict(handler.metadata(self._folder(step) / "model").tree)
+        averaged = {name[1] for name in saved if name[0] == "ema"}
+        sources = {}
+        for name, array in saved.items():
+            if name[0] != "ema" and (name[0] != "params" or name[1] not in averaged):
+                sources[name] = (name, tuple(array.shape), array.dtype)
+            elif name[0] == "ema":
+                sources[("params", *name[1:])] = (name, tuple(array.shape), array.dtype)
+        return sources
 
-    def _restore(self, step: int, items: Mapping[str, Any]) -> Any:
-        self._check_items(step, items)
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, OSError) as error:
-            raise self._incomplete(step, error) from error
+    def _read_arrays(self, step: int, wanted: Mapping[tuple[str, ...], jax.ShapeDtypeStruct | None]) -> dict[str, Any]:
+        """Some arrays of the model, by their names in the checkpoint: with a target as it says, else in NumPy."""
+        as_wanted = {
+            name: ocp.RestoreArgs(restore_type=np.ndarray)
+            if target is None
+            else ocp.ArrayRestoreArgs(dtype=target.dtype, sharding=target.sharding, global_shape=target.shape)
+            for name, target in wanted.items()
+        }
+        arguments = ocp.args.PyTreeRestore(
+            item=traverse_util.unflatten_dict(dict.fromkeys(wanted, 0)),
+            restore_args=traverse_util.unflatten_dict(as_wanted),
+            partial_restore=True,
+        )
+        checkpointer = ocp.Checkpointer(
+            ocp.PyTreeCheckpointHandler(multiprocessing_options=self._processes),
+            multiprocessing_options=self._processes,
+        )
+        with checkpointer:
+            return checkpointer.restore(self._folder(step) / "model", args=arguments)
 
-    def _check_items(self, step: int, names: Iterable[str]) -> None:
-        missing = [name for name in names if not (self.directory / str(step) / name).is_dir()]
-        if missing:
-            raise self._incomplete(step, f"no {' and no '.join(missing)} in it")
+    def _require_sound(self, step: int, items: Iterable[str]) -> None:
+        """Raises a ValueError if these items are damaged; where processes write together, 0 looks for all of them."""
+        damage = None if self._write and jax.process_index() else self._damage(step, items)
+        if agreed(damage is not None) if self._write else damage:
+            raise ValueError(f"checkpoint {self._folder(step)} is damaged: {damage or 'process 0 says why'}")
 
-    def _incomplete(self, step: int, why: object) -> ValueError:
-        first = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
-        first = first.split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
-        return ValueError(f"checkpoint {self.directory / str(step)} is incomplete or does not fit: {first}")
-
-    def wait(self) -> None:
-        """Returns when everything saved so far is on disk."""
-        self._manager.wait_until_finished()
+    def _misfit(self, step: int, why: object) -> ValueError:
+        return ValueError(f"checkpoint {self._folder(step)} does not fit: {_first_line(why)}")
 
     def close(self) -> None:
-        """Waits and lets go of the folder."""
-        self._manager.close()
+        """Waits and lets go of the folder; raises as `save` does."""
+        self.wait()
+        self._checkpointer.close()
+
+
+def _first_line(error: object) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first.split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
 
 
 def abstract_with_sharding(tree: Any, shardings: Any) -> Any:

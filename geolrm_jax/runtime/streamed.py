@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from geolrm_jax.runtime.checkpoint import FORMAT_VERSION
+from geolrm_jax.runtime.checkpoint import FORMAT_VERSION, RUN, Checksummed, Items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +51,12 @@ def save_streamed(directory: Path | str, step: int, model: Mapping[str, Any], so
       source: where the model is from, in JSON's types; it is kept beside the format version.
     """
     registry = ocp.type_handlers.create_type_handler_registry((Streamed, StreamedHandler()))
-    manager = ocp.CheckpointManager(
-        Path(directory).absolute(),
-        options=ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False),
-        item_handlers={"model": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)},
-        metadata={"format_version": FORMAT_VERSION, "source": dict(source)},
+    handler = Checksummed(
+        model=ocp.PyTreeCheckpointHandler(type_handler_registry=registry), run=ocp.JsonCheckpointHandler(RUN)
     )
-    manager.save(step, args=ocp.args.Composite(model=ocp.args.PyTreeSave(dict(model))))
-    manager.close()
+    items = Items(
+        model=ocp.args.PyTreeSave(dict(model)),
+        run=ocp.args.JsonSave({"format_version": FORMAT_VERSION, "step": step, "metrics": {}, "source": dict(source)}),
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(Path(directory).absolute() / str(step), args=items)
