@@ -21,24 +21,23 @@ def main(arguments: Arguments | None = None) -> int:
     return COMMANDS[command](arguments[1:], program=f"geolrm {command}")
 
 
-def clear_errors(command: Callable[..., None]) -> Callable[..., int]:
+def clear_errors(command: Callable[..., int | None]) -> Callable[..., int]:
     """Turns what a user can mend into one line and exit code 1; anything else is a bug and keeps its traceback."""
 
     def run(arguments: Arguments, program: str) -> int:
         absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax and TFDS speak of their own options
         try:
-            command(arguments, program)
+            return command(arguments, program) or 0
         except (ValueError, OSError, FloatingPointError) as error:
             print(f"{program}: error: {error}", file=sys.stderr)
             return 1
-        return 0
 
     run.__doc__ = command.__doc__
     return run
 
 
 @clear_errors
-def train(arguments: Arguments, program: str) -> None:
+def train(arguments: Arguments, program: str) -> int | None:
     """train the stages of a config, evaluate, export"""
     parser = argparse.ArgumentParser(
         prog=program,
@@ -50,15 +49,50 @@ def train(arguments: Arguments, program: str) -> None:
     )
     parser.add_argument("--config", required=True, metavar="NAME|FILE", help="a config of the project, or a file")
     parser.add_argument("--workdir", type=Path, help="where everything is written (workdir/NAME)")
+    _add_cluster_options(parser)
+    watch = parser.add_argument_group("watching, which changes no number")
+    watch.add_argument("--profile", type=_steps, metavar="START:STOP", help="write a profiler trace of these steps")
+    watch.add_argument(
+        "--hang-seconds", type=float, default=1800, help="without a step for so long, dump all stacks (1800)"
+    )
+    watch.add_argument("--hang-exit", action="store_true", help="and end then, with code 70")
+    watch.add_argument("--save-seconds", type=float, default=300, help="time to save after SIGTERM (300)")
     if not any(a.startswith("--config") for a in arguments) and {"-h", "--help"} & set(arguments):
         parser.print_help()
         return
     known, overrides = parser.parse_known_args(arguments)
 
     from geolrm_jax import config, recipe
+    from geolrm_jax.runtime import distributed
+    from geolrm_jax.runtime.interruption import PREEMPTED, Preempted, WatchConfig
 
+    distributed.initialize(detect=not known.no_cluster, heartbeat=known.heartbeat)
+    watch = WatchConfig(known.hang_seconds, known.hang_exit, known.save_seconds, known.profile)
     experiment = config.apply_overrides(config.load_config(known.config), overrides, program=program)
-    recipe.run(experiment, known.workdir or Path("workdir") / experiment.name)
+    try:
+        recipe.run(experiment, known.workdir or Path("workdir") / experiment.name, watch)
+    except Preempted as stopped:
+        print(f"{program}: {stopped}; the same command goes on from there", file=sys.stderr)
+        return PREEMPTED
+    return None
+
+
+def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "several processes", "found by themselves on clusters that JAX knows; see docs/scale.md"
+    )
+    group.add_argument("--no-cluster", action="store_true", help="this process alone, whatever cluster it runs in")
+    group.add_argument(
+        "--heartbeat", type=int, default=100, metavar="SECONDS", help="a process silent for so long is dead (100)"
+    )
+
+
+def _steps(text: str) -> tuple[int, int]:
+    """Two steps with a colon between them."""
+    start, _, stop = text.partition(":")
+    if not (start.isdigit() and stop.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected START:STOP, got {text!r}")
+    return int(start), int(stop)
 
 
 @clear_errors
@@ -77,18 +111,23 @@ def evaluate(arguments: Arguments, program: str) -> None:
     parser.add_argument("--objects", type=int, help="evaluate the first N objects only")
     parser.add_argument("--lpips", metavar="FILE", help="weights of LPIPS; see `geolrm weights lpips` (the config's)")
     parser.add_argument("--out", type=Path, help="folder of the report (WORKDIR/eval/STEP)")
+    _add_cluster_options(parser)
     known = parser.parse_args(arguments)
 
     from geolrm_jax import recipe
+    from geolrm_jax.runtime import distributed
 
-    recipe.evaluate(
-        known.workdir,
-        step=known.step,
-        data=known.data,
-        objects=known.objects,
-        lpips_weights=known.lpips,
-        out=known.out,
-    )
+    distributed.initialize(detect=not known.no_cluster, heartbeat=known.heartbeat)
+    with distributed.only_first("evaluating") as first:
+        if first:
+            recipe.evaluate(
+                known.workdir,
+                step=known.step,
+                data=known.data,
+                objects=known.objects,
+                lpips_weights=known.lpips,
+                out=known.out,
+            )
 
 
 @clear_errors

@@ -1,6 +1,5 @@
 """What a configured model is made of and what it costs: parameters per part, FLOPs per object. Nothing is allocated."""
 
-import dataclasses
 import functools
 import json
 from collections import Counter
@@ -16,6 +15,7 @@ from rich.table import Table
 from geolrm_jax.config import Experiment
 from geolrm_jax.export.files import written_whole
 from geolrm_jax.inference import abstract_model
+from geolrm_jax.models.geolrm import with_remat
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.cost import Cost, array_bytes, count
 from geolrm_jax.scene import Anchors, Batch, Cameras, Views
@@ -176,13 +176,6 @@ def _step_cost(experiment: Experiment, stage, model, constants, views: int) -> C
         )
     )
     return count(jax.value_and_grad(total), trained, frozen, variables["batch_stats"], constants, batch, key)
-
-
-def with_remat(config: Any, remat: bool) -> Any:
-    """A tree of config dataclasses with every field `remat` set."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    changed = {name: with_remat(value, remat) for name, value in fields.items() if dataclasses.is_dataclass(value)}
-    return dataclasses.replace(config, **changed, **({"remat": remat} if "remat" in fields else {}))
 
 
 def _views(number: int, size: int) -> Views:

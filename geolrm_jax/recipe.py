@@ -1,5 +1,6 @@
 """The roof: stages one after the other, evaluation, inference, each from a config or a work directory alone."""
 
+import dataclasses
 import functools
 import sys
 import time
@@ -31,8 +32,11 @@ from geolrm_jax.export.video import write_video
 from geolrm_jax.geometry.cameras import turntable
 from geolrm_jax.inference import reconstruct, reconstruct_and_count
 from geolrm_jax.rendering import Renderer
-from geolrm_jax.runtime import logging
-from geolrm_jax.scene import Gaussians, Views
+from geolrm_jax.runtime import distributed, logging
+from geolrm_jax.runtime.exclusive import exclusive
+from geolrm_jax.runtime.interruption import WATCH, WatchConfig
+from geolrm_jax.runtime.sharding import row_share
+from geolrm_jax.scene import Batch, Gaussians, Views
 from geolrm_jax.starting import restore_model, start
 from geolrm_jax.training.loop import Trainer, train
 from geolrm_jax.weights import provenance
@@ -42,23 +46,41 @@ PICTURED = 12  # objects with pictures in a report
 FRAMES = 48  # of a turntable
 
 
-def run(experiment: Experiment, workdir: Path) -> None:
-    """Data, proposal, reconstruction, evaluation, one object exported; what is built or trained already stays."""
+def run(experiment: Experiment, workdir: Path, watch: WatchConfig = WATCH) -> None:
+    """Data, proposal, reconstruction, evaluation, one object exported; what is built or trained already stays.
+
+    Of several processes the first does what is not training; the others wait for it.
+
+    Raises:
+      Preempted: if training was told to stop; it has saved, and goes on when this is called again.
+    """
     started = time.perf_counter()
     logging.notice(f"{experiment.name}: {workdir} on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    distributed.say_who()
     experiment = experiment.absolute()
     check_workdir(experiment, workdir)
     if "released" in provenance.read(workdir):
         raise ValueError(
-            f"{workdir} holds imported weights: to go on from them, train elsewhere with --start-from {workdir}"
+            f"{workdir} holds imported weights: to go on from them, train elsewhere with --warm-start {workdir}"
         )
     check_batches(experiment)
-    record_weights(experiment, workdir)
-    data = build_shown(experiment.data, data_directory(experiment, workdir))
-    check_protocol(experiment, data)
-    write_config(experiment, workdir)
-    for name in experiment.stages:
-        train(make_trainer(experiment, name, workdir, data))
+    data = data_directory(experiment, workdir)
+    with exclusive(workdir):
+        with distributed.only_first("building the data") as first:
+            if first:
+                record_weights(experiment, workdir)
+                build_shown(experiment.data, data)
+                check_protocol(experiment, data)
+                write_config(experiment, workdir)
+        for name in experiment.stages:
+            train(make_trainer(experiment, name, workdir, data, watch))
+        with distributed.only_first("evaluating") as first:
+            if first:
+                finish(experiment, workdir, started)
+
+
+def finish(experiment: Experiment, workdir: Path, started: float) -> None:
+    """Evaluation, one object exported, the last screen; `started` is when `time.perf_counter()` began to count."""
     if not experiment.reconstruction:
         logging.notice(f"{experiment.name}: done; the proposal's checkpoints are in {workdir / 'proposal'}")
         return
@@ -92,13 +114,13 @@ def build_shown(config: DataConfig, directory: Path) -> Path:
 
 
 def check_batches(experiment: Experiment) -> None:
-    """Raises a ValueError unless every stage's batch can be split over the devices."""
-    devices = jax.device_count()
+    """Raises a ValueError unless every stage's batch can be split over the mesh."""
+    shards = experiment.mesh.rows(jax.device_count())
     for name, stage in experiment.stages.items():
-        if stage.batch // stage.accumulation % devices:
+        if stage.batch // stage.accumulation % shards:
             raise ValueError(
                 f"{name}.batch {stage.batch} in {stage.accumulation} parts: each part must be a multiple of the "
-                f"{devices} devices"
+                f"{shards} devices along mesh axes data and fsdp"
             )
 
 
@@ -122,22 +144,27 @@ def data_directory(experiment: Experiment, workdir: Path) -> Path:
     return Path(experiment.data.root) if experiment.data.root else workdir / "data"
 
 
-def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path) -> Trainer:
+def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path, watch: WatchConfig = WATCH) -> Trainer:
     """All that one stage's training needs."""
-    stage, processes = experiment.stages[name], jax.process_count()
-    batches = training_dataset(
-        open_split(data, "train"),
-        batch=stage.batch,
-        views=stage.views,
-        inputs=stage.candidates,
-        input_size=(experiment.input_size,) * 2,
-        render_size=(experiment.render_size,) * 2,
-        seed=experiment.seed,
-        shard=(jax.process_index(), processes),
-        view_rule=stage.view_rule,
-        config=stage.pipeline,
-        report=report_damage,
-    )
+    stage = experiment.stages[name]
+    source, share = open_split(data, "train"), row_share(experiment.mesh.make())
+
+    def batches(order: int) -> Iterator[Batch]:
+        dataset = training_dataset(
+            source,
+            batch=stage.batch,
+            views=stage.views,
+            inputs=stage.candidates,
+            input_size=(experiment.input_size,) * 2,
+            render_size=(experiment.render_size,) * 2,
+            seed=data_seed(experiment.seed, order),
+            shard=share,
+            view_rule=stage.view_rule,
+            config=stage.pipeline,
+            report=report_damage,
+        )
+        return iter(dataset)
+
     return Trainer(
         name=name,
         stage=stage,
@@ -146,9 +173,16 @@ def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path) -
         mesh=experiment.mesh,
         seed=experiment.seed,
         directory=workdir,
-        data=iter(batches),
+        batches=batches,
         start=functools.partial(start, experiment, name, workdir),
+        watch=watch,
+        about={"seed": experiment.seed, "config": to_tree(experiment), **dataclasses.asdict(environment())},
     )
+
+
+def data_seed(seed: int, order: int) -> int:
+    """The seed of the data's order: the run's own for the first, one drawn from it after each rollback."""
+    return int(np.random.SeedSequence((seed, order)).generate_state(1)[0] >> 1) if order else seed
 
 
 def report_damage(text: str) -> None:

@@ -1,8 +1,6 @@
 """Runs a protocol: reconstructs every object, renders its targets, measures, collects pictures."""
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +23,7 @@ from geolrm_jax.losses.lpips import Lpips
 from geolrm_jax.metrics.geometry import compare_points, voxel_counts
 from geolrm_jax.metrics.image import psnr, ssim
 from geolrm_jax.rendering import Renderer
-from geolrm_jax.runtime import logging
+from geolrm_jax.runtime import hardware, logging
 from geolrm_jax.scene import Gaussians, Rendering, Views
 
 TIMED_RUNS = 10  # of the first object
@@ -171,8 +169,5 @@ def draw(inputs: Views, truth: Array, prediction: Array, rendering: Rendering) -
 
 def peak_memory_bytes() -> int:
     """Peak device memory; on a device that does not tell (CPU), the peak resident memory of the process."""
-    statistics_of_device = jax.local_devices()[0].memory_stats()
-    if statistics_of_device and "peak_bytes_in_use" in statistics_of_device:
-        return statistics_of_device["peak_bytes_in_use"]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    known = hardware.memory()
+    return int(known.get("device_memory", known["host_memory"]))

@@ -1,7 +1,7 @@
 """The whole model: proposal, reconstruction, and both behind one call."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -96,3 +96,10 @@ class GeoLRM(nnx.Module):
             logits = self.proposal(views)
         logits = jax.lax.stop_gradient(logits)
         return select_anchors(logits, max_anchors, key, self.padding), jnp.sum(logits > 0, axis=(1, 2, 3))
+
+
+def with_remat(config: Any, remat: bool) -> Any:
+    """A tree of config dataclasses with every field `remat` set."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    changed = {name: with_remat(value, remat) for name, value in fields.items() if dataclasses.is_dataclass(value)}
+    return dataclasses.replace(config, **changed, **({"remat": remat} if "remat" in fields else {}))

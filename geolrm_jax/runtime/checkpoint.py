@@ -1,8 +1,9 @@
 """Checkpoints: one module around Orbax. Each holds the model, the optimizer, the step, the data iterator and the run.
 
 Layout of `directory/STEP`: item `model` (`params`, `batch_stats` and, if kept, `ema`) is all that inference needs; item
-`optimizer` (`opt_state`, `step`) is for going on; `run/run.json` has the iterator's state, the metrics since the last
-checkpoint, and what the caller says of the run: seed, config, versions. `checksums.json` covers all of these files.
+`optimizer` (`opt_state`, `step`, `guard`) is for going on; `run/run.json` has the iterator's state, the metrics since
+the last checkpoint, and what the caller says of the run: seed, config, versions. `checksums.json` covers all of these
+files.
 
 Saving is asynchronous and atomic: process 0 reads all files once more for the checksums, and only then the folder gets
 its final name. A folder with that name and without checksums is damaged. All processes of a run share one file system.
@@ -217,9 +218,16 @@ class Checkpoints:
         self._saving = step
 
     def drop_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps."""
-        for later in (found for found in self.steps if found > step):
-            self._manager.delete(later)
+        """Deletes the checkpoints of later steps; all processes call it together."""
+        self.wait()
+        if jax.process_index() == 0:
+            for later in (found for found in self.steps if found > step):
+                self._delete(later)
+        agreed(step)  # nobody looks before it is done
+
+    def _delete(self, step: int) -> None:
+        # A kill while files are deleted must not leave a folder that looks complete.
+        shutil.rmtree(self._folder(step).rename(self.directory / f"{step}{DELETED}"))
 
     def wait(self) -> None:
         """Returns when everything saved so far is on disk and what is not kept is deleted; raises as `save` does."""
@@ -244,8 +252,7 @@ class Checkpoints:
     def _delete_old(self, newest: int) -> None:
         metrics = {step: found for step, found in self._all_metrics().items() if step <= newest}
         for step in {*self.steps} - self.config.kept(metrics):
-            # A kill while files are deleted must not leave a folder that looks complete.
-            shutil.rmtree(self._folder(step).rename(self.directory / f"{step}{DELETED}"))
+            self._delete(step)
 
     def restore_newest(self, abstract_state: Mapping[str, Any], iterator: Any) -> tuple[int, dict[str, Any]] | None:
         """The newest sound checkpoint's step and state, as `restore` gives it; None where there is no checkpoint.

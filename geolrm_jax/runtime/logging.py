@@ -66,8 +66,11 @@ class RunLogger:
             first = 0 if resumed_at is None else resumed_at + 1
             self._events = SummaryWriter(str(self.path.parent / "tensorboard" / stage), purge_step=first)
 
-    def log(self, step: int, scalars: Scalars) -> None:
-        """Writes the scalars of one step; to be called before the step's checkpoint is saved, or a kill loses them."""
+    def log(self, step: int, scalars: Scalars, hosts: Mapping[str, Any] | None = None) -> None:
+        """Writes the scalars of one step; to be called before the step's checkpoint is saved, or a kill loses them.
+
+        `hosts`, of a run of several processes, stands in the line under its name.
+        """
         if self._file is None:
             return
         values = {name: float(value) for name, value in scalars.items()}
@@ -76,6 +79,7 @@ class RunLogger:
             self._events.add_scalar(name, value, step, walltime=now)
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = {"step": int(step), "stage": self.stage, "wall_time": round(now, 3), **finite}
+        line |= {"hosts": hosts} if hosts else {}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 

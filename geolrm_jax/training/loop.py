@@ -1,9 +1,9 @@
 """The loop of one stage: restore, step, log, save."""
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from geolrm_jax.data.examples import RING_VIEWS, ViewRule
 from geolrm_jax.data.pipeline import PipelineConfig
 from geolrm_jax.inference import abstract_model
-from geolrm_jax.models.geolrm import GeoLRMConfig
+from geolrm_jax.models.geolrm import GeoLRMConfig, with_remat
 from geolrm_jax.precision import Precision
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checkpoint import CheckpointConfig, Checkpoints, abstract_with_sharding
+from geolrm_jax.runtime.cost import count
+from geolrm_jax.runtime.exclusive import agreed
+from geolrm_jax.runtime.interruption import WATCH, Preempted, Preemption, Profile, WatchConfig, Watchdog
 from geolrm_jax.runtime.sharding import MeshConfig, batch_sharding, put_batch, shard_tree
 from geolrm_jax.scene import Batch
+from geolrm_jax.training.batches import Batches
+from geolrm_jax.training.guard import GuardConfig
+from geolrm_jax.training.monitor import DOUBLINGS, RECENT, Diverged, Monitor
 from geolrm_jax.training.objectives import Objective
 from geolrm_jax.training.optimizer import OptimizerConfig
 from geolrm_jax.training.step import INIT, State, init_state, make_train_step
-
-DOUBLINGS = "capacity_doublings"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +60,10 @@ class StageConfig:
     """Decay of averaged parameters, which evaluation then uses; 0 keeps none."""
     log_every: int = 20
     """Steps between lines of the log, each the mean since the last; divides checkpoint.every."""
+    guard: GuardConfig = GuardConfig()
+    """Which steps are skipped, and how often the stage may go back because of it."""
     max_skipped: int = 20
-    """Non-finite steps after which the run stops."""
+    """Skipped steps among the guard's window at which the stage goes back to its last good checkpoint, or stops."""
     max_growth: int = 6
     """Times that the rasterizer's capacity may double before the run stops."""
 
@@ -99,10 +105,14 @@ class Trainer:
     seed: int
     directory: Path
     """The work directory; checkpoints go to `directory/name/checkpoints`."""
-    data: Iterator[Any]
-    """A Grain iterator of this process's share of the batches."""
-    start: Callable[[], Mapping[str, Any]] = dict
-    """Gives parts of `params` and `batch_stats` that take the place of fresh ones; called when nothing is restored."""
+    batches: Callable[[int], Iterator[Any]]
+    """Gives a Grain iterator of this process's share of the batches, in the order of that number."""
+    start: Callable[[State], Mapping[str, Any]] = lambda target: {}
+    """Gives parts of `params` and `batch_stats`, laid out as in the abstract state, that take the place of fresh ones;
+    called when nothing is restored."""
+    watch: WatchConfig = WATCH
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What every checkpoint says of the run, in JSON's types."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,75 +124,147 @@ class Prepared:
     init: Callable[[], State]
     build: Callable[[Objective], Callable]
     """step(state, constants, batch) for an objective."""
+    flops: Callable[[Objective, Batch], int]
+    """Operations of a step on such a batch, all devices together, without what rematerialisation does twice."""
     constants: Any
     batch_sharding: NamedSharding
 
 
-def prepare(trainer: Trainer) -> Prepared:
-    """Everything of a stage that is decided before the first batch."""
-    stage, mesh = trainer.stage, trainer.mesh.make()
+def prepare(trainer: Trainer, mesh: Mesh | None = None, constants: Any = None) -> Prepared:
+    """Everything of a stage that is decided before the first batch.
+
+    For a mesh of devices that are described and not there, `constants` are their shapes: nothing is put on it.
+    """
+    stage, mesh = trainer.stage, mesh or trainer.mesh.make()
     model = stage.objective.networks(trainer.model)
     optimizer, schedule = stage.optimizer.make(stage.steps), stage.optimizer.schedule(stage.steps)
-    graphdef, _ = abstract_model(model, trainer.precision)
 
     def init(key):
         make = functools.partial(model.make, precision=trainer.precision)
-        return init_state(make, stage.objective, optimizer, key, ema=stage.ema_decay > 0)
+        return init_state(make, stage.objective, optimizer, key, ema=stage.ema_decay > 0, guard=stage.guard)
 
     key = jax.random.fold_in(jax.random.key(trainer.seed), INIT)
     abstract = jax.eval_shape(init, key)
     shardings = shard_tree(mesh, abstract)
+    abstract_state = abstract_with_sharding(abstract, shardings)
+    if constants is None:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        constants = jax.device_put(stage.objective.constants(trainer.precision), everywhere)
 
     def fresh() -> State:
-        return with_values(jax.jit(init, out_shardings=shardings)(key), trainer.start(), shardings)
+        return with_values(jax.jit(init, out_shardings=shardings)(key), trainer.start(abstract_state), shardings)
 
-    def build(objective: Objective) -> Callable:
+    @functools.cache
+    def build(objective: Objective, config: GeoLRMConfig = model) -> Callable:
         return make_train_step(
-            graphdef,
+            abstract_model(config, trainer.precision)[0],
             objective,
             optimizer,
             schedule,
             seed=trainer.seed,
             accumulation=stage.accumulation,
             ema_decay=stage.ema_decay,
+            guard=stage.guard,
             shardings=shardings,
         )
 
-    constants = jax.device_put(stage.objective.constants(trainer.precision), NamedSharding(mesh, PartitionSpec()))
-    return Prepared(abstract_with_sharding(abstract, shardings), fresh, build, constants, batch_sharding(mesh))
+    def flops(objective: Objective, batch: Batch) -> int:
+        return count(build(objective, with_remat(model, False)), abstract_state, constants, batch).total
+
+    return Prepared(abstract_state, fresh, build, flops, constants, batch_sharding(mesh))
 
 
 def train(trainer: Trainer) -> None:
-    """Trains a stage to its last step, going on from its latest checkpoint if there is one."""
-    stage, prepared = trainer.stage, prepare(trainer)
-    checkpoints = Checkpoints(trainer.directory / trainer.name / "checkpoints", stage.checkpoint, write=True)
-    first, doublings = checkpoints.resolve("latest") if checkpoints.steps else 0, 0
-    if first:
-        doublings = int(checkpoints.metrics(first)[DOUBLINGS])
-        state = checkpoints.restore(first, prepared.abstract_state, trainer.data)
-        logging.notice(f"{trainer.name}: going on from the checkpoint of step {first}")
-    else:
-        state = prepared.init()
+    """Trains a stage to its last step, going on from its newest checkpoint if there is one.
 
+    Raises:
+      Preempted: if the run was told to stop; it has saved.
+      FloatingPointError: if too many steps are skipped, after the last rollback too.
+    """
+    prepared, order = prepare(trainer), 0
     with (
-        logging.RunLogger(trainer.directory, trainer.name, first or None) as log,
-        logging.progress(trainer.name, stage.steps, start=first) as bar,
+        Preemption(trainer.watch.save_seconds) as preemption,
+        Watchdog(trainer.directory / trainer.name, trainer.watch) as watchdog,
     ):
-        monitor = Monitor(trainer.name, stage, prepared.build, log, bar, doublings)
+        while True:
+            batches = Batches(trainer.batches, order)
+            try:
+                return train_in_order(trainer, prepared, batches, preemption, watchdog)
+            except Diverged as diverged:
+                roll_back(trainer, batches.order, diverged)
+                order = batches.order + 1
+
+
+def train_in_order(
+    trainer: Trainer, prepared: Prepared, batches: Batches, preemption: Preemption, watchdog: Watchdog
+) -> None:
+    """Trains to the last step, or to the step at which too many were skipped."""
+    stage, directory = trainer.stage, trainer.directory / trainer.name
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(batches))
+        checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(trainer)))
+        first, state = checkpoints.restore_newest(prepared.abstract_state, batches) or (0, prepared.init())
+        doublings = int(checkpoints.metrics(first)[DOUBLINGS]) if first else 0
+        if first:
+            logging.notice(f"{trainer.name}: going on from the checkpoint of step {first}")
+        log = stack.enter_context(logging.RunLogger(trainer.directory, trainer.name, first or None))
+        bar = stack.enter_context(logging.progress(trainer.name, stage.steps, start=first))
+        profile = stack.enter_context(Profile(trainer.directory / "profile" / trainer.name, trainer.watch.profile))
+        monitor = Monitor(trainer.name, stage, prepared.build, prepared.flops, log, bar, directory, doublings)
         for done in range(first + 1, stage.steps + 1):
-            start = time.perf_counter()
-            batch = next(trainer.data)
-            waited = time.perf_counter() - start
+            profile.before(done)
+            started = time.perf_counter()
+            batch = next(batches)
+            received = time.perf_counter()
             inputs = drawn_inputs(stage, trainer.seed, done - 1)
-            batch = with_inputs(batch, inputs)
+            batch = put_batch(with_inputs(batch, inputs), prepared.batch_sharding)
             with jax.transfer_guard("disallow"):
-                batch = put_batch(batch, prepared.batch_sharding)
                 state, metrics = monitor.step(state, prepared.constants, batch)
-            save = done % stage.checkpoint.every == 0 or done == stage.steps
-            monitor.add(done, metrics, len(inputs), waited, flush=save)
+            host = {
+                "inputs": len(inputs),
+                "seconds_waiting_for_data": received - started,
+                "seconds_dispatching": time.perf_counter() - received,
+            }
+            profile.after(done, state)
+            stop = preemption.due()
+            save = stop or done % stage.checkpoint.every == 0 or done == stage.steps
+            monitor.add(done, metrics, host, damaged=batches.damaged, flush=save)
+            watchdog.beat(done)
             if save:
-                checkpoints.save(done, state, trainer.data, monitor.since_save())
-    checkpoints.close()
+                checkpoints.save(done, state, batches, monitor.since_save())
+            if stop and done < stage.steps:
+                checkpoints.wait()
+                raise Preempted(f"{trainer.name}: told to stop; saved at step {done} of {stage.steps}")
+
+
+def open_checkpoints(trainer: Trainer) -> Checkpoints:
+    """The stage's, for writing."""
+    directory = trainer.directory / trainer.name / "checkpoints"
+    return Checkpoints(directory, trainer.stage.checkpoint, write=True, run=trainer.about)
+
+
+def roll_back(trainer: Trainer, order: int, diverged: Diverged) -> None:
+    """Takes away the checkpoints that were saved amid skipped steps.
+
+    Raises:
+      FloatingPointError: if the stage has gone back as often as it may.
+    """
+    stage, guard = trainer.stage, trainer.stage.guard
+    skipped = f"{trainer.name}: {diverged.skipped} of the last {guard.window} steps skipped at step {diverged.step}"
+    if order >= guard.max_rollbacks:
+        raise FloatingPointError(
+            f"{skipped}, after {order} rollbacks: each is in {diverged.file}; lower optimizer.learning-rate, look at "
+            "the data, or raise guard.spike"
+        )
+    with contextlib.closing(open_checkpoints(trainer)) as checkpoints:
+        steps = checkpoints.steps
+        good = [step for step in steps if checkpoints.metrics(step).get(RECENT, 0) <= stage.max_skipped // 2]
+        back = agreed(max(good or steps[:1], default=0))
+        checkpoints.drop_after(back)
+    logging.warn(
+        f"{skipped}: going back to step {back} and on with another order of the data, "
+        f"rollback {order + 1} of {guard.max_rollbacks}"
+    )
 
 
 def drawn_inputs(stage: StageConfig, seed: int, step: int) -> tuple[int, ...]:
@@ -203,103 +285,9 @@ def with_values(state: State, values: Mapping[str, Any], shardings: Any) -> Stat
     """`state` with `values`, a part of its tree, in the place of what it holds there; averages start from them too."""
     flat, where = (traverse_util.flatten_dict({k: tree[k] for k in values}) for tree in (state, shardings))
     for path, x in traverse_util.flatten_dict(dict(values)).items():
-        flat[path] = jax.device_put(x, where[path], may_alias=False)
+        restored = isinstance(x, jax.Array) and x.sharding == where[path]  # where it belongs, and nobody else's
+        flat[path] = x if restored else jax.device_put(x, where[path], may_alias=False)
     state = {**state, **traverse_util.unflatten_dict(flat)}
     if "ema" in state:
         state["ema"] = jax.tree.map(jnp.copy, {name: state["params"][name] for name in state["ema"]})
     return state
-
-
-class Monitor:
-    """Averages the steps' metrics between log lines and acts on what they say.
-
-    Metrics of a step are fetched after the next one is dispatched: the device never waits for the host.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        stage: StageConfig,
-        build: Callable,
-        log: logging.RunLogger,
-        bar: logging.Progress,
-        doublings: int,
-    ):
-        self.name, self.stage, self.build, self.log, self.bar = name, stage, build, log, bar
-        self.doublings = doublings
-        self.objective = stage.objective
-        for _ in range(doublings):
-            self.objective = self.objective.grown()
-        self.compiled = build(self.objective)
-        self.seen: set[int] = set()
-        self.skipped = 0
-        self.in_flight: tuple | None = None
-        self.since_line, self.since_checkpoint = defaultdict(list), defaultdict(list)
-        self.line_started = time.perf_counter()
-
-    def step(self, state, constants, batch: Batch):
-        """Dispatches one step; says so before the first of each number of inputs, which compiles."""
-        inputs = batch.inputs.valid.shape[1]
-        if inputs not in self.seen:
-            self.seen.add(inputs)
-            logging.notice(f"{self.name}: compiling the step for {inputs} input views")
-        return self.compiled(state, constants, batch)
-
-    def add(self, done: int, metrics: Mapping[str, jax.Array], inputs: int, waited: float, *, flush: bool) -> None:
-        """Takes the metrics of a dispatched step; writes a line where one is due."""
-        before, self.in_flight = self.in_flight, (done, metrics, inputs, waited, self.objective)
-        if before:
-            self._take(*before)
-        if flush or done % self.stage.log_every == 0:
-            self._take(*self.in_flight)
-            self.in_flight = None
-            self._write(done)
-
-    def since_save(self) -> dict[str, float]:
-        """Mean metrics since the last call, and what a restart needs of this object."""
-        means = {name: float(np.mean(values)) for name, values in self.since_checkpoint.items()}
-        self.since_checkpoint.clear()
-        return means | {DOUBLINGS: float(self.doublings)}
-
-    def _take(self, done: int, metrics: Mapping[str, jax.Array], inputs: int, waited: float, ran: Objective) -> None:
-        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        values |= {"inputs": inputs, "seconds_waiting_for_data": waited}
-        if values["skipped"]:
-            self._skip(done)
-            values = {"skipped": 1.0}  # the rest is not finite
-        if values.get("overflow"):
-            self._grow(done, int(values["overflow"]), ran)
-        for name, value in values.items():
-            self.since_line[name].append(value)
-            self.since_checkpoint[name].append(value)
-
-    def _skip(self, done: int) -> None:
-        self.skipped += 1
-        logging.warn(f"{self.name}: step {done} skipped, its loss or gradient is not finite")
-        if self.skipped >= self.stage.max_skipped:
-            raise FloatingPointError(
-                f"{self.name}: {self.skipped} steps skipped, as many as max_skipped: "
-                "lower optimizer.learning-rate or look at the data"
-            )
-
-    def _grow(self, done: int, overflow: int, ran: Objective) -> None:
-        logging.warn(f"{self.name}: step {done} left out {overflow} (Gaussian, tile) pairs, its capacity was too small")
-        if ran is self.objective:  # else it was dispatched before the capacity grew
-            self.doublings += 1
-            if self.doublings > self.stage.max_growth:
-                raise ValueError(
-                    f"{self.name}: the capacity was doubled {self.stage.max_growth} times and overflows still"
-                )
-            self.objective = self.objective.grown()
-            self.compiled, self.seen = self.build(self.objective), set()
-            logging.notice(f"{self.name}: capacity doubled, set it so in the config: {self.objective}")
-
-    def _write(self, done: int) -> None:
-        now = time.perf_counter()
-        means = {name: float(np.mean(values)) for name, values in self.since_line.items()}
-        means["seconds_per_step"] = (now - self.line_started) / len(self.since_line["skipped"])
-        means["skipped"] = float(np.sum(self.since_line["skipped"]))
-        self.log.log(done, means)
-        self.bar.update(done, {name: means[name] for name in ("loss", "psnr", "iou", "anchors") if name in means})
-        self.since_line.clear()
-        self.line_started = now
