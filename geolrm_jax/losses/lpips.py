@@ -9,6 +9,7 @@ from geolrm_jax.losses.photometric import mean_over_views
 from geolrm_jax.models.vgg import VGG16, WIDTHS, Taps
 from geolrm_jax.precision import Precision, full
 from geolrm_jax.scene import AnyArray
+from kernels_pallas.mesh import apart
 
 # ImageNet's mean and deviation, moved from [0, 1] to the range [-1, 1] and rounded as in the published metric.
 SHIFT = (-0.030, -0.088, -0.188)
@@ -43,7 +44,11 @@ class Lpips(nnx.Module):
         self, images: Float[Array, "b v h w 3"], targets: Float[Array, "b v h w 3"], valid: Bool[Array, "b v"]
     ) -> Float[Array, ""]:
         """The loss term: mean LPIPS of valid views, for images in [0, 1]; no gradient to the targets."""
-        return mean_over_views(self.distance(2.0 * images - 1.0, self.target_features(2.0 * targets - 1.0)), valid)
+
+        def distances(lpips, images, targets):
+            return lpips.distance(2.0 * images - 1.0, lpips.target_features(2.0 * targets - 1.0))
+
+        return mean_over_views(apart(distances, images, targets, shared=self, views=True), valid)
 
     def _activations(self, images: Float[AnyArray, "*batch h w 3"]) -> Taps:
         images = full(jnp.asarray(images))

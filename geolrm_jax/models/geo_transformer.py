@@ -1,11 +1,13 @@
 """The geometry-aware transformer (paper, Sec. 3.3): anchors that look at each other and at the images."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 
 from geolrm_jax.geometry.voxels import released_indices
@@ -21,6 +23,7 @@ from geolrm_jax.models.deformable_attention import (
 from geolrm_jax.models.layers import SwiGLU, dropout, rms_norm, scan_blocks, stack
 from geolrm_jax.precision import Precision
 from geolrm_jax.scene import Anchors, Views
+from kernels_pallas.mesh import CONTEXT, context_shards, over_context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,5 +145,27 @@ class GeoTransformer(nnx.Module):
         x = jnp.concatenate([anchors.positions, shared.astype(anchors.positions.dtype)], axis=-1)
         features = look(maps, views, anchors, config.view_mask, config.projection)
         keys = jax.random.split(key, config.depth) if key is not None and config.dropout else None
-        x = scan_blocks(self.blocks, x, config.rope_indices(anchors), features, remat=config.remat, keys=keys)
+        by_token, by_view = P(None, CONTEXT), P(None, None, CONTEXT)
+        seen = jax.tree.map(lambda x: P() if any(x is m for m in maps) else by_view, features)
+        x = over_context(
+            functools.partial(run_blocks, remat=config.remat),
+            (self.blocks, x, config.rope_indices(anchors), features, keys),
+            (P(), by_token, by_token, seen, P()),
+            by_token,
+        )
         return self.norm(x)
+
+
+def run_blocks(
+    blocks: GeoBlock,
+    x: Float[Array, "b n d"],
+    anchors: Anchors,
+    features: Features,
+    keys: Key[Array, "depth"] | None,
+    *,
+    remat: bool,
+) -> Float[Array, "b n d"]:
+    """`scan_blocks` on the tokens that this device has, which drop out by keys of their own."""
+    if keys is not None and context_shards() > 1:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, jax.lax.axis_index(CONTEXT))
+    return scan_blocks(blocks, x, anchors, features, remat=remat, keys=keys)

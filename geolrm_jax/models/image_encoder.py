@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from geolrm_jax.geometry.cameras import RayIntrinsics, RayLength, plucker
 from geolrm_jax.models.dinov2 import PATCH, ViTConfig
 from geolrm_jax.models.layers import BatchNorm, torch_default
 from geolrm_jax.precision import Precision
 from geolrm_jax.scene import Views
+from kernels_pallas.mesh import CONTEXT, over_context
 
 INPUT_MULTIPLE = 2 * PATCH  # the ViT needs multiples of 14, the stride-4 convolution multiples of 4
 _MEAN, _STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # ImageNet
@@ -78,27 +80,32 @@ class ImageEncoder(nnx.Module):
           ValueError: if the images' height or width is no multiple of 28.
         """
         check_input_size(views.cameras.height, views.cameras.width)
-        scenes = views.rgb.shape[0]
         images = normalised(views)
-        valid = rearrange(views.valid, "b v -> (b v)")
-        maps = tuple(getattr(self, f"{level}_level")(images, views, valid, train) for level in self.config.levels)
-        return tuple(rearrange(m, "(b v) h w c -> b v h w c", b=scenes) for m in maps)
+        return tuple(getattr(self, f"{level}_level")(images, views, train) for level in self.config.levels)
 
-    def low_level(
-        self, images: Float[Array, "b v h w 3"], views: Views, valid: Bool[Array, "n"], train: bool
-    ) -> Float[Array, "n _h4 _w4 c"]:
+    def low_level(self, images: Float[Array, "b v h w 3"], views: Views, train: bool) -> Float[Array, "b v _h4 _w4 c"]:
         """A convolution over colours and rays."""
         if self.config.plucker:
             rays = plucker(views.cameras, self.config.ray_length, self.config.ray_intrinsics)
             images = jnp.concatenate([images, rays], axis=-1)
-        return self.low_norm(self.low(rearrange(images, "b v h w c -> (b v) h w c")), valid, train=train)
+        return self.low_norm(by_picture((self.low,), images), views.valid, train=train)
 
-    def high_level(
-        self, images: Float[Array, "b v h w 3"], views: Views, valid: Bool[Array, "n"], train: bool
-    ) -> Float[Array, "n _h7 _w7 c"]:
+    def high_level(self, images: Float[Array, "b v h w 3"], views: Views, train: bool) -> Float[Array, "b v _h7 _w7 c"]:
         """DINOv2's patch tokens, twice as dense."""
-        tokens = self.vit(rearrange(images, "b v h w c -> (b v) h w c"))
-        return self.high_norm(self.upsample(tokens), valid, train=train)
+        return self.high_norm(by_picture((self.vit, self.upsample), images), views.valid, train=train)
+
+
+def by_picture(modules: tuple, images: Float[Array, "b v h w c"]) -> Float[Array, "b v _h _w _c"]:
+    """Modules one after the other on every picture, on a mesh that splits views on the device that has it."""
+
+    def local(modules, images):
+        maps = rearrange(images, "b v h w c -> (b v) h w c")
+        for module in modules:
+            maps = module(maps)
+        return rearrange(maps, "(b v) h w c -> b v h w c", b=images.shape[0])
+
+    by_view = P(None, CONTEXT)
+    return over_context(local, (modules, images), (P(), by_view), by_view)
 
 
 def normalised(views: Views) -> Float[Array, "b v h w 3"]:

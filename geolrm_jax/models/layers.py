@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
+from geolrm_jax.models.splitting import whole
 from geolrm_jax.precision import Precision, full
 
 # torch's default for linear and convolution weights: uniform within 1 / sqrt(fan_in).
@@ -121,7 +122,7 @@ def scan_blocks(
     """
 
     def body(x, block_and_key):
-        block, key = block_and_key
+        block, key = whole(block_and_key[0]), block_and_key[1]
         return block(x, *context) if key is None else block(x, *context, key), None
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (blocks, keys))[0]

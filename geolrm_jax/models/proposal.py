@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from geolrm_jax.geometry.voxels import grid_indices, voxel_positions
 from geolrm_jax.models.geo_transformer import TransformerConfig
@@ -15,6 +15,7 @@ from geolrm_jax.models.image_encoder import ImageEncoderConfig
 from geolrm_jax.models.layers import linear
 from geolrm_jax.precision import Precision
 from geolrm_jax.scene import Anchors, Views
+from kernels_pallas.mesh import apart
 
 Padding = Literal["masked", "origin"]
 
@@ -92,8 +93,7 @@ def select_anchors(
     flat = logits.reshape(logits.shape[0], -1)
     cells = flat.shape[-1]
     priority = jnp.where(flat > 0, jax.random.uniform(key, flat.shape, minval=0.5), 0.0)
-    best, chosen = jax.lax.top_k(priority, min(count, cells))
-    chosen = jnp.sort(jnp.where(best > 0, chosen, cells), axis=-1)
+    chosen = apart(lambda _, priority: _first_cells(priority, min(count, cells)), priority)
     chosen = jnp.pad(chosen, ((0, 0), (0, count - chosen.shape[-1])), constant_values=cells)
     mask = chosen < cells
     voxels = jnp.stack(jnp.unravel_index(jnp.where(mask, chosen, 0), (grid, grid, grid)), axis=-1).astype(jnp.int32)
@@ -102,3 +102,9 @@ def select_anchors(
         voxels = jnp.where(mask[..., None], voxels, (grid - 1) // 2)
         return Anchors(jnp.where(mask[..., None], positions, 0.0), voxels, jnp.ones_like(mask))
     return Anchors(positions, voxels, mask)
+
+
+def _first_cells(priority: Float[Array, "b cells"], count: int) -> Int[Array, "b count"]:
+    """Numbers of the `count` cells of highest positive priority, in order; where there are fewer, one past the last."""
+    best, chosen = jax.lax.top_k(priority, count)
+    return jnp.sort(jnp.where(best > 0, chosen, priority.shape[-1]), axis=-1)

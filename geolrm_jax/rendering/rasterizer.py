@@ -86,8 +86,9 @@ def rasterize(
     if capacity == "auto":
         capacity = roomy(count_pairs(gaussians, cameras, **lens))
     rest = {"depth": depth, "normals": normals, "max_alpha": max_alpha, "implementation": implementation}
-    options = _options(**lens, **rest, capacity=capacity)
-    return _rasterize(gaussians, cameras, background, options, typed_layout(gaussians, cameras))
+    layout = typed_layout(gaussians, cameras)
+    options = _options(layout.shards, **lens, **rest, capacity=capacity)
+    return _rasterize(gaussians, cameras, background, options, layout)
 
 
 def rasterize_sharded(
@@ -120,7 +121,7 @@ def rasterize_sharded(
     """
     gaussians, cameras, background = _checked(gaussians, cameras, background)
     layout = ambient_layout(gaussians, cameras, scene_axes, view_axes)
-    return _rasterize(gaussians, cameras, background, _options(**options, capacity=capacity), layout)
+    return _rasterize(gaussians, cameras, background, _options(layout.shards, **options, capacity=capacity), layout)
 
 
 def count_pairs(
@@ -205,8 +206,8 @@ def _checked(gaussians: Gaussians, cameras: Cameras, background) -> tuple[Gaussi
     return gaussians, cameras, background
 
 
-def _options(**given: Any) -> Options:
-    """Options whose values are allowed."""
+def _options(shards: int = 1, **given: Any) -> Options:
+    """Options whose values are allowed, for a call of so many shards that each number their own pairs."""
     o = Options(**given)
     numbers = {name: _number(name, getattr(o, name)) for name in ("near", "far", "eps2d", "max_alpha")}
     o = o._replace(**numbers, capacity=_number("capacity", o.capacity, operator.index))
@@ -218,8 +219,8 @@ def _options(**given: Any) -> Options:
         raise ValueError(f"eps2d is {o.eps2d}; expected a variance of at least 0")
     if not 0 < o.max_alpha < 1:
         raise ValueError(f"max_alpha is {o.max_alpha}; expected a number between 0 and 1")
-    if not 1 <= o.capacity <= MOST_PAIRS:
-        raise ValueError(f"capacity is {o.capacity}; expected 1 to {MOST_PAIRS} pairs")
+    if not 1 <= o.capacity <= MOST_PAIRS * shards:
+        raise ValueError(f"capacity is {o.capacity}; expected 1 to {MOST_PAIRS * shards} pairs")
     return o
 
 

@@ -90,7 +90,12 @@ def count(function: Callable, *arguments: Any, **keywords: Any) -> Cost:
       *arguments: pytrees of arrays or of `jax.ShapeDtypeStruct`.
       **keywords: handed on as they are; not traced.
     """
-    return _walk(jax.make_jaxpr(lambda *traced: function(*traced, **keywords))(*arguments).jaxpr)
+    return count_jaxpr(jax.make_jaxpr(lambda *traced: function(*traced, **keywords))(*arguments))
+
+
+def count_jaxpr(jaxpr: ClosedJaxpr) -> Cost:
+    """`count` of what is traced already: `jax.jit(function).trace(...).jaxpr`."""
+    return _walk(jaxpr.jaxpr)
 
 
 def array_bytes(tree: Any) -> int:

@@ -1,76 +1,163 @@
-"""The device mesh, and where parameters and batches lie on it."""
+"""The device mesh, and where parameters, optimizer state and batches lie on it.
+
+Four axes. Rows of a batch are split over `data` and `fsdp`; parameters, with all that the optimizer keeps of them, over
+`fsdp` and `tensor`, by the rules of models/splitting.py; views and anchors over `context` (Jacobs et al. 2023: heads in
+self-attention, tokens elsewhere).
+"""
 
 import dataclasses
-import re
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp")
+from geolrm_jax.models.splitting import FSDP, path_of, spec_of
+from kernels_pallas.mesh import CONTEXT, TENSOR
 
-# The first rule whose pattern is found in a parameter's path decides; "fsdp" stands on the axis counted from the end.
-# Everything that no rule names, and what does not divide, is replicated.
-RULES: tuple[tuple[str, int], ...] = (
-    (r"(offsets|logits|view_logit)/", 0),
-    (r"(patches|low|upsample)/kernel$", -1),
-    (r"kernel$", -2),
-    (r"positions$", -1),
-)
+ROWS = ("data", FSDP)
+AXES = (*ROWS, CONTEXT, TENSOR)
+VIEWS = (CONTEXT, TENSOR)  # axes over which the views of a scene are drawn: each draws with all of its Gaussians
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per axis of the mesh; batches are split over both axes, parameters over fsdp."""
+    """Devices per axis of the mesh."""
 
     data: int = -1
-    """-1: all devices that fsdp leaves."""
+    """Splits rows. -1: all devices that the other axes leave."""
     fsdp: int = 1
+    """Splits rows too, and parameters with their optimizer state."""
+    context: int = 1
+    """Splits the views and anchors of a row; divides the heads and the number of anchors."""
+    tensor: int = 1
+    """Splits the heads and hidden channels of every layer; divides the heads."""
 
-    def make(self) -> Mesh:
-        """The mesh over all devices of all processes.
+    def __post_init__(self):
+        for name in AXES:
+            size = getattr(self, name)
+            if size < 1 and (name, size) != ("data", -1):
+                raise ValueError(f"mesh.{name}: expected a number of devices of at least 1, got {size}")
+
+    def shape(self, devices: int) -> dict[str, int]:
+        """Devices per axis, of so many.
 
         Raises:
-          ValueError: if the axes do not multiply to the number of devices.
+          ValueError: if the axes do not multiply to that number.
         """
-        devices = jax.device_count()
-        data = devices // self.fsdp if self.data == -1 else self.data
-        if data * self.fsdp != devices:
-            raise ValueError(f"mesh: data {data} x fsdp {self.fsdp} does not cover the {devices} devices there are")
-        kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-        return jax.make_mesh((data, self.fsdp), AXES, axis_types=kinds)
+        sizes = {name: getattr(self, name) for name in AXES}
+        if self.data == -1:
+            sizes["data"] = devices // math.prod(sizes[name] for name in AXES[1:])
+        if math.prod(sizes.values()) != devices:
+            asked = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1 or name == "data")
+            raise ValueError(f"mesh: {asked} does not cover the {devices} devices there are")
+        return sizes
 
+    def rows(self, devices: int) -> int:
+        """Parts that a batch is split into on so many devices."""
+        sizes = self.shape(devices)
+        return math.prod(sizes[name] for name in ROWS)
 
-def path_of(keys: tuple) -> str:
-    """`a/b/c` of a pytree path."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+    def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over these devices, or over all of all processes; neighbours on it are neighbours in the machine.
 
+        TPU slices that only a network joins are set apart along `data`.
 
-def spec_of(path: str, shape: tuple[int, ...], fsdp: int) -> P:
-    """The PartitionSpec of one array of the state, optimizer moments included: their paths end like the parameter's."""
-    for pattern, axis in RULES:
-        if re.search(pattern, path):
-            if axis and len(shape) >= -axis and shape[axis] % fsdp == 0:
-                return P(*("fsdp" if i == len(shape) + axis else None for i in range(len(shape))))
-            break
-    return P()
+        Raises:
+          ValueError: if the axes do not multiply to their number, or `data` not to a multiple of the slices'.
+        """
+        devices = jax.devices() if devices is None else devices
+        sizes = tuple(self.shape(len(devices)).values())
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        if sizes[0] % slices:
+            raise ValueError(f"mesh.data {sizes[0]} must be a multiple of the {slices} slices that the devices form")
+        within = (sizes[0] // slices, *sizes[1:])
+        if slices > 1:
+            outer = (slices, 1, 1, 1)
+            placed = mesh_utils.create_hybrid_device_mesh(within, outer, devices, allow_split_physical_axes=True)
+        else:
+            placed = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def shard_tree(mesh: Mesh, tree: Any) -> Any:
     """A NamedSharding for every leaf of a tree of arrays or shapes."""
-    fsdp = mesh.shape["fsdp"]
+    sizes = dict(mesh.shape)
     return jax.tree_util.tree_map_with_path(
-        lambda keys, x: NamedSharding(mesh, spec_of(path_of(keys), np.shape(x), fsdp)), tree
+        lambda keys, x: NamedSharding(mesh, spec_of(path_of(keys), np.shape(x), sizes)), tree
     )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over all devices."""
-    return NamedSharding(mesh, P(AXES))
+    """Rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which share of a batch's rows this process reads.
+
+    Processes whose devices hold the same rows, along `context` or `tensor`, read the same share.
+
+    Raises:
+      ValueError: if the processes' rows overlap without being the same.
+    """
+    rows = math.prod(mesh.shape[name] for name in ROWS)
+    of_process: dict[int, set[int]] = {}
+    for device, (index,) in batch_sharding(mesh).devices_indices_map((rows,)).items():
+        of_process.setdefault(device.process_index, set()).add(index.start or 0)
+    shares = sorted({tuple(sorted(held)) for held in of_process.values()})
+    if sum(map(len, shares)) != rows or len({len(share) for share in shares}) > 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: the rows of {len(of_process)} processes overlap; choose context x tensor so "
+            "that it divides the devices of a process, or is a multiple of them"
+        )
+    return shares.index(tuple(sorted(of_process[jax.process_index()]))), len(shares)
+
+
+def padded(batch: Any, mesh: Mesh) -> Any:
+    """A Batch (NumPy leaves) whose views can be split over `context` and drawn over `VIEWS`.
+
+    What is added repeats the last view and is not valid: it changes no loss, and no statistic.
+    """
+
+    def pad(views, multiple: int):
+        missing = -views.valid.shape[1] % multiple
+        if not missing:
+            return views
+        more = jax.tree.map(lambda x: np.concatenate([x, *[x[:, -1:]] * missing], axis=1), views)
+        more.valid[:, -missing:] = False
+        return more
+
+    targets = math.prod(mesh.shape[name] for name in VIEWS)
+    inputs, targets = pad(batch.inputs, mesh.shape[CONTEXT]), pad(batch.targets, targets)
+    return dataclasses.replace(batch, inputs=inputs, targets=targets)
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """Where the leaves of a padded Batch lie: rows over `ROWS`, input views over `context`, targets over `VIEWS`."""
+    specs = {"inputs": P(ROWS, CONTEXT), "targets": P(ROWS, VIEWS)}
+
+    def place(keys, _):
+        return NamedSharding(mesh, specs.get(path_of(keys).split("/")[0], P(ROWS)))
+
+    return jax.tree_util.tree_map_with_path(place, batch)
 
 
 def put_batch(batch: Any, sharding: NamedSharding) -> Any:
-    """Global arrays of the rows that this process has read; its rows are an equal share of every leaf's first axis."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    """Global arrays of a Batch from the rows that this process has read: its share, see `row_share`.
+
+    Args:
+      batch: NumPy leaves; the rows are an equal share of every leaf's first axis.
+      sharding: of the rows, as `batch_sharding` gives it.
+    """
+    mesh = sharding.mesh
+    batch, count = padded(batch, mesh), row_share(mesh)[1]
+
+    def place(x, where):
+        return jax.make_array_from_process_local_data(where, x, (x.shape[0] * count, *x.shape[1:]))
+
+    return jax.tree.map(place, batch, batch_shardings(batch, mesh))

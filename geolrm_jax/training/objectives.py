@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from geolrm_jax.losses.depth import DepthMean, edge_aware_log_l1, total_variation
@@ -20,7 +21,7 @@ from geolrm_jax.models.geolrm import GeoLRM, GeoLRMConfig, ProposalMode
 from geolrm_jax.precision import Precision
 from geolrm_jax.rendering import rasterize_sharded
 from geolrm_jax.runtime import logging
-from geolrm_jax.runtime.sharding import AXES
+from geolrm_jax.runtime.sharding import ROWS, VIEWS
 from geolrm_jax.scene import Batch, Views
 from geolrm_jax.weights.lpips import load_lpips
 
@@ -40,6 +41,10 @@ class Objective(abc.ABC):
 
     def constants(self, precision: Precision) -> Any:
         """Arrays that the losses need besides parameters, as a pytree; loaded once."""
+        return None
+
+    def abstract_constants(self, precision: Precision) -> Any:
+        """Shapes of what `constants` gives when all that it may read is there; nothing is read."""
         return None
 
     @abc.abstractmethod
@@ -129,6 +134,10 @@ class ReconstructionObjective(Objective):
         logging.notice("reconstruction: no LPIPS weights file, the term is off")
         return None
 
+    def abstract_constants(self, precision: Precision) -> Lpips | None:
+        """LPIPS, unless its weight is zero."""
+        return jax.eval_shape(lambda: Lpips(rngs=nnx.Rngs(0), precision=precision)) if self.lpips else None
+
     def losses(self, model: GeoLRM, constants: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Losses, Metrics]:
         """Losses over all target views, over a random background."""
         anchor_key, background_key, dropout_key = jax.random.split(key, 3)
@@ -143,7 +152,8 @@ class ReconstructionObjective(Objective):
         rendered = rasterize_sharded(
             gaussians,
             targets.cameras,
-            scene_axes=AXES,
+            scene_axes=ROWS,
+            view_axes=VIEWS,
             background=background,
             depth=self.rendered_depth,
             capacity=int(self.pairs_per_gaussian * gaussians.means.shape[1] * targets.valid.size),

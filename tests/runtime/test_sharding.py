@@ -1,81 +1,118 @@
-"""Sharding: rules, and the same numbers on one device and on eight simulated ones."""
-
-import json
-import os
-import subprocess
-import sys
+"""Sharding: the rules, the mesh, and where a batch lies. The same numbers on more devices: tests/training."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from geolrm_jax.runtime.sharding import MeshConfig, spec_of
+from geolrm_jax.models.splitting import RULES, spec_of, whole
+from geolrm_jax.runtime.sharding import AXES, MeshConfig, batch_shardings, padded, row_share
+from geolrm_jax.scene import Batch, Cameras, Views
 
-PROGRAM = """
-import dataclasses, json, sys
-import jax, jax.numpy as jnp, numpy as np
-from pathlib import Path
-from geolrm_jax.config import load_config
-from geolrm_jax.data.builders.records import build
-from geolrm_jax.recipe import make_trainer
-from geolrm_jax.runtime.sharding import MeshConfig, put_batch
-from geolrm_jax.training import loop
-
-config, data, fsdp = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-experiment = load_config(config)
-stage = dataclasses.replace(experiment.proposal, batch=8)
-experiment = dataclasses.replace(experiment, proposal=stage, mesh=MeshConfig(fsdp=fsdp))
-trainer = make_trainer(experiment, "proposal", data.parent, build(experiment.data, data))
-prepared = loop.prepare(trainer)
-state, step = prepared.init(), prepared.build(stage.objective)
-kernel = state["params"]["proposal"]["transformer"]["blocks"]["mlp"]["w1"]["kernel"]
-shard = kernel.addressable_shards[0].data.shape
-losses, norms = [], []
-for _ in range(3):
-    batch = loop.with_inputs(next(trainer.data), (0, 1))
-    state, metrics = step(state, prepared.constants, put_batch(batch, prepared.batch_sharding))
-    losses.append(float(metrics["loss"])); norms.append(float(metrics["gradient_norm"]))
-result = {"programs": step._cache_size(), "devices": jax.device_count(), "shard": shard, "whole": kernel.shape}
-result |= {"losses": losses, "norms": norms}
-print(json.dumps(result))
-"""
+SIZES = {"data": 2, "fsdp": 4, "context": 1, "tensor": 2}
 
 
-def test_rules():
-    blocks = "params/proposal/transformer/blocks/"
-    assert spec_of(f"{blocks}mlp/w1/kernel", (6, 384, 1024), 4) == P(None, "fsdp", None)
-    assert spec_of("opt_state/1/0/mu/proposal/transformer/blocks/mlp/w1/kernel", (6, 384, 1024), 4) == P(
-        None, "fsdp", None
-    )
-    assert spec_of(f"{blocks}mlp/w1/kernel", (6, 385, 1024), 4) == P()  # does not divide
-    assert spec_of(f"{blocks}cross_attention/offsets/kernel", (6, 384, 512), 4) == P()
-    assert spec_of("params/proposal/encoder/low/kernel", (4, 4, 9, 384), 2) == P(None, None, None, "fsdp")
-    assert spec_of("params/proposal/transformer/norm/scale", (384,), 2) == P()
-    assert spec_of("step", (), 2) == P()
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("mlp/w1/kernel", (6, 384, 1024), P(None, "fsdp", "tensor")),
+        ("mlp/w2/kernel", (6, 1024, 384), P(None, "tensor", "fsdp")),
+        ("self_attention/query/kernel", (6, 384, 384), P(None, "fsdp", "tensor")),
+        ("self_attention/out/kernel", (6, 384, 384), P(None, "tensor", "fsdp")),
+        ("cross_attention/value/bias", (6, 384), P(None, "tensor")),
+        ("cross_attention/out/bias", (6, 384), P()),  # of a sum over devices
+        ("cross_attention/view_logit/kernel", (6, 384, 1), P()),
+        ("mlp/w1/kernel", (6, 385, 1024), P(None, None, "tensor")),  # 385 does not divide
+        ("norm1/scale", (6, 384), P()),
+    ],
+)
+def test_rules(path, shape, expected):
+    for place in ("params/proposal/transformer/blocks", "opt_state/1/0/mu/proposal/transformer/blocks"):
+        assert spec_of(f"{place}/{path}", shape, SIZES) == expected
+    assert spec_of(path, shape, {}) == P()  # one device
+
+
+def test_every_rule_names_parameters_of_the_model():
+    names = [
+        f"{module}/{kind}"
+        for module in ("query", "out", "fc1", "fc2", "w1", "w2", "w3", "patches", "low", "upsample", "hidden")
+        for kind in ("kernel", "bias")
+    ] + ["vit/positions", "cross_attention/logits/kernel"]
+    for pattern, _ in RULES:
+        assert any(spec_of(f"net/{name}", (8, 8), SIZES) != P() for name in names), pattern
 
 
 def test_a_mesh_must_cover_the_devices():
     with pytest.raises(ValueError, match=r"data 3 x fsdp 5 does not cover the 1 devices"):
         MeshConfig(data=3, fsdp=5).make()
-    assert MeshConfig().make().shape == {"data": jax.device_count(), "fsdp": 1}
+    with pytest.raises(ValueError, match=r"mesh\.context: expected .* at least 1, got 0"):
+        MeshConfig(context=0)
+    assert MeshConfig().make().shape == dict(zip(AXES, (jax.device_count(), 1, 1, 1), strict=True))
+    assert MeshConfig(fsdp=4, context=2).shape(64) == {"data": 8, "fsdp": 4, "context": 2, "tensor": 1}
+    assert MeshConfig(fsdp=4, context=2).rows(64) == 32
 
 
-@pytest.mark.slow
-def test_eight_devices_give_the_numbers_of_one(request, tmp_path):
-    config = str(request.config.rootpath / "tests" / "configs" / "tiny.py")
+def make_batch(inputs, targets):
+    def views(number, size):
+        image = np.ones((2, number, size, size), np.float32)
+        cameras = Cameras(np.tile(np.eye(4, dtype=np.float32), (2, number, 1, 1)), np.ones((2, number, 3, 3)), 4, 4)
+        return Views(cameras, np.repeat(image[..., None], 3, -1), image, image, np.ones((2, number), bool))
 
-    def run(devices, fsdp):
-        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        command = [sys.executable, "-c", PROGRAM, config, str(tmp_path / "data"), str(fsdp)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+    return Batch(views(inputs, 4), views(targets, 6), np.zeros((2, 8, 8, 8), bool), np.arange(2, dtype=np.int32))
 
-    one, eight = run(1, 1), run(8, 2)
-    assert (one["devices"], eight["devices"]) == (1, 8)
-    assert one["programs"] == eight["programs"] == 1  # the state keeps its layout: nothing compiles anew
-    assert eight["shard"][1] * 2 == eight["whole"][1] and one["shard"] == one["whole"]
-    np.testing.assert_allclose(eight["losses"][0], one["losses"][0], rtol=1e-5)
-    np.testing.assert_allclose(eight["norms"][0], one["norms"][0], rtol=1e-4)
-    np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-3)
+
+class Device:
+    """As much of a device as a mesh asks for."""
+
+    platform, device_kind, client, num_cores = "cpu", "cpu", None, None
+
+    def __init__(self, number, process):
+        self.id, self.process_index = number, process
+
+
+def mesh_of(shape, per_process=1):
+    devices = np.array([Device(i, i // per_process) for i in range(int(np.prod(shape)))], object)
+    return jax.sharding.Mesh(devices.reshape(shape), AXES)
+
+
+def test_views_are_padded_by_copies_that_do_not_count():
+    mesh = mesh_of((1, 1, 4, 2))
+    batch = make_batch(inputs=3, targets=8)
+    more = padded(batch, mesh)
+    assert more.inputs.valid.tolist() == [[True, True, True, False]] * 2
+    assert more.targets is batch.targets
+    np.testing.assert_array_equal(more.inputs.rgb[:, 3], batch.inputs.rgb[:, 2])
+    assert batch.inputs.valid.all()  # as it was
+    specs = jax.tree.map(lambda s: s.spec, batch_shardings(more, mesh))
+    assert specs.inputs.rgb == P(("data", "fsdp"), "context")
+    assert specs.targets.cameras.intrinsics == P(("data", "fsdp"), ("context", "tensor"))
+    assert specs.occupancy == specs.index == P(("data", "fsdp"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "per_process", "expected"),
+    [((4, 1, 1, 1), 2, (0, 2)), ((1, 1, 4, 1), 2, (0, 1)), ((2, 1, 4, 1), 2, (0, 2)), ((2, 2, 2, 1), 1, (0, 4))],
+)
+def test_processes_with_the_same_rows_read_the_same_share(shape, per_process, expected):
+    assert row_share(mesh_of(shape, per_process)) == expected
+
+
+def test_rows_that_overlap_in_part_are_refused():
+    with pytest.raises(ValueError, match="the rows of 2 processes overlap"):
+        row_share(mesh_of((3, 1, 2, 1), per_process=3))
+
+
+def test_parameters_are_gathered_for_their_use_and_their_gradients_scattered():
+    mesh = AbstractMesh((2, 4, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    tree = {"w1": {"kernel": jnp.ones((8, 8))}, "blocks": {"w1": {"kernel": jnp.ones((2, 8, 8))}}}
+
+    def loss(tree):
+        with jax.sharding.use_abstract_mesh(mesh):
+            used = whole(tree, without="blocks")
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(used))
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(tree))
+    assert text.count("sharding_constraint") == 2  # the one that is not stacked, and its gradient
+    assert whole(tree) is tree  # no mesh

@@ -1,0 +1,307 @@
+"""Will it fit, and what bounds it: the real train step, compiled ahead of time for devices that need not be there."""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from geolrm_jax.config import Experiment
+from geolrm_jax.export.files import written_whole
+from geolrm_jax.runtime import hlo
+from geolrm_jax.runtime.cost import Cost, count_jaxpr
+from geolrm_jax.runtime.hardware import CHIPS, Chip
+from geolrm_jax.runtime.sharding import ROWS, VIEWS, batch_shardings, path_of
+from geolrm_jax.scene import Batch, Cameras, Views
+from geolrm_jax.training.loop import StageConfig, Trainer, prepare
+from kernels_pallas.mesh import CONTEXT
+
+PARTS = {"params": "parameters", "ema": "parameters", "batch_stats": "parameters", "opt_state": "optimizer"}
+FLOAT32_PASSES = 6  # of bfloat16, that a TPU makes of one float32 product at the highest precision
+
+
+def plan(experiment: Experiment, stage: str, topology: str, *, inputs: int) -> dict[str, Any]:
+    """Compiles a stage's train step for a topology, on the experiment's mesh.
+
+    LPIPS is in it whether or not its weights file is there.
+
+    Args:
+      experiment: its mesh must cover the topology, and the stage's batch must divide over it.
+      stage: `"reconstruction"` or `"proposal"`.
+      topology: `v5p:4x4x4` and the like, or `cpu:8` for simulated devices.
+      inputs: views that the networks see; the targets are `stage.views`, or as many.
+
+    Returns:
+      What `geolrm plan --json` writes. Bytes and FLOPs are those of one chip and one step.
+
+    Raises:
+      ValueError: for a topology that is not known, a mesh or batch that does not divide, or without libtpu.
+    """
+    config = experiment.stages.get(stage)
+    if not config:
+        raise ValueError(f"stage {stage!r}: expected one of {', '.join(experiment.stages)}")
+    devices = described(topology)
+    mesh = experiment.mesh.make(devices)
+    rows = math.prod(mesh.shape[name] for name in ROWS)
+    if config.batch // config.accumulation % rows:
+        raise ValueError(
+            f"{stage}.batch {config.batch} in {config.accumulation} parts: each part must be a multiple of the {rows} "
+            f"devices along mesh axes data and fsdp"
+        )
+    everywhere = NamedSharding(mesh, P())
+    constants = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        config.objective.abstract_constants(experiment.precision),
+    )
+    trainer = Trainer(
+        name=stage,
+        stage=config,
+        model=experiment.model,
+        precision=experiment.precision,
+        mesh=experiment.mesh,
+        seed=experiment.seed,
+        directory=Path(),
+        batches=iter,
+    )
+    prepared = prepare(trainer, mesh, constants)
+    arguments = prepared.abstract_state, constants, abstract_batch(experiment, config, inputs, mesh)
+    traced = prepared.build(config.objective).trace(*arguments)
+    cost, chip = count_jaxpr(traced.jaxpr), CHIPS.get(topology.split(":")[0])
+    result = {
+        "config": experiment.name,
+        "stage": stage,
+        "topology": topology,
+        "chips": len(devices),
+        "mesh": dict(mesh.shape),
+        "batch": {
+            "objects": config.batch,
+            "per_chip": config.batch / len(devices),
+            "accumulation": config.accumulation,
+            "inputs": inputs,
+            "targets": max(config.views, inputs),
+            "input_size": experiment.input_size,
+            "render_size": experiment.render_size,
+            "anchors": getattr(config.objective, "max_anchors", None),
+        },
+        "compute": experiment.precision.compute,
+        "versions": versions(),
+        "flops_per_chip": cost.total / len(devices),
+        "flops": {kind: getattr(cost, kind) / len(devices) for kind in ("matmul", "convolution", "other")},
+        "parameters": parameters(prepared.abstract_state),
+    }
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return result | {"fits": False, "does_not_fit": readable(str(error))}
+    hbm = memory(compiled.memory_analysis(), arguments)
+    result |= {"hbm": hbm, "hbm_bytes_per_chip": hbm["total"], "fits": not chip or hbm["total"] <= chip.hbm}
+    return (
+        result
+        | communication(compiled.as_text(), mesh, experiment)
+        | ({"model": modelled(chip, topology, cost, result, compiled.as_text(), mesh)} if chip else {})
+    )
+
+
+def described(topology: str) -> Sequence[jax.Device]:
+    """The devices of `v5e:16x16`, `v5p:4x4x4`, `v6e:16x16`, or of `cpu:8`.
+
+    Raises:
+      ValueError: for another name, without libtpu, or if this process was started with fewer simulated devices.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind == "cpu" and shape.isdigit():
+        devices = jax.devices("cpu")
+        if len(devices) < int(shape):
+            raise ValueError(
+                f"{topology}: there are {len(devices)} CPU devices: set XLA_FLAGS="
+                f"--xla_force_host_platform_device_count={shape} before the first use of jax"
+            )
+        return devices[: int(shape)]
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
+        raise ValueError(f"topology {topology!r}: expected one of {', '.join(CHIPS)} with its shape, or cpu:N")
+    if not importlib.util.find_spec("libtpu"):
+        raise ValueError(f"{topology}: compiling for TPUs needs libtpu: pip install 'geolrm-jax[tpu]'")
+    # libtpu must neither look for a TPU, nor mind another process.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"topology {topology!r}: libtpu knows none of this shape: {readable(str(error))}") from error
+
+
+def readable(message: str) -> str:
+    """The first lines of a compiler's message."""
+    return " ".join(line.strip() for line in message.splitlines()[:12] if line.strip())[:1200]
+
+
+def abstract_batch(experiment: Experiment, stage: StageConfig, inputs: int, mesh: Mesh) -> Batch:
+    """Shapes of a step's batch, with where they lie; views padded as `put_batch` does."""
+    grid, rows = experiment.model.proposal.fine_grid, stage.batch
+
+    def views(number: int, multiple: int, size: int) -> Views:
+        lead = (rows, -(-number // multiple) * multiple)
+        cameras = Cameras(jnp.zeros((*lead, 4, 4)), jnp.zeros((*lead, 3, 3)), size, size)
+        image = jnp.zeros((*lead, size, size))
+        return Views(cameras, jnp.zeros((*image.shape, 3)), image, image, jnp.ones(lead, bool))
+
+    def make() -> Batch:
+        drawn = math.prod(mesh.shape[name] for name in VIEWS)
+        return Batch(
+            views(inputs, mesh.shape[CONTEXT], experiment.input_size),
+            views(max(stage.views, inputs), drawn, experiment.render_size),
+            jnp.zeros((rows, grid, grid, grid), bool),
+            jnp.zeros(rows, jnp.int32),
+        )
+
+    shapes = jax.eval_shape(make)
+    place = batch_shardings(shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, place)
+
+
+def parameters(state: Any) -> list[dict[str, Any]]:
+    """Every parameter: name, shape, PartitionSpec, bytes on each device."""
+    return [
+        {
+            "name": path_of(keys),
+            "shape": list(x.shape),
+            "dtype": str(x.dtype),
+            "spec": [list(axis) if isinstance(axis, tuple) else axis for axis in x.sharding.spec],
+            "bytes_per_chip": shard_bytes(x),
+        }
+        for keys, x in jax.tree_util.tree_leaves_with_path(state["params"])
+    ]
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of a tree of shapes with shardings on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def memory(found: Any, arguments: tuple) -> dict[str, int]:
+    """Bytes of one chip by category. The state is donated: its new values take the place of the old."""
+    state, constants, batch = arguments
+    parts = Counter({"parameters": 0, "optimizer": 0})
+    for name, tree in state.items():
+        parts[PARTS.get(name, "optimizer")] += shard_bytes(tree)
+    parts |= {"constants": shard_bytes(constants), "batch": shard_bytes(batch)}
+    # Arrays are padded to whole tiles; what no result depends on is not kept.
+    parts["padding of arguments"] = found.argument_size_in_bytes - parts.total()
+    parts["temporaries"] = found.temp_size_in_bytes
+    parts["output"] = found.output_size_in_bytes - found.alias_size_in_bytes
+    parts["program"] = found.generated_code_size_in_bytes
+    return dict(parts) | {"total": parts.total()}
+
+
+def communication(text: str, mesh: Mesh, experiment: Experiment) -> dict[str, Any]:
+    """Collectives by kind and mesh axes, the largest of them, and those that move pictures."""
+    program = hlo.parse(text)
+    found = [c for c in program.collectives() if len(c.group) > 1]
+    rows: dict[tuple, dict[str, Any]] = {}
+    for c in found:
+        kind = (c.kind, " x ".join(c.axes(mesh.shape)))
+        row = rows.setdefault(kind, {"kind": kind[0], "axes": kind[1], "times": 0, "bytes_sent": 0.0})
+        row["times"] += c.times
+        row["bytes_sent"] += c.sent
+    largest = sorted(found, key=lambda c: -c.sent)[:20]
+    return {
+        "collectives": sorted(rows.values(), key=lambda row: -row["bytes_sent"]),
+        "largest_collectives": [
+            {"kind": c.kind, "shape": c.shape, "times": c.times, "bytes_sent": c.sent, "source": c.source}
+            for c in largest
+        ],
+        "pictures_moved": [
+            {"kind": c.kind, "shape": c.shape, "source": c.source} for c in found if moves_pictures(c, experiment)
+        ],
+        "bytes_per_chip": program.memory_traffic(),
+        "loops_counted_once": program.unknown(),
+    }
+
+
+def moves_pictures(collective: hlo.Collective, experiment: Experiment) -> bool:
+    """Whether an exchange carries arrays of a picture's height and width, and not only their sums."""
+    if collective.kind == "all-reduce":
+        return False
+    sides = {experiment.input_size, experiment.render_size}
+    for dims in re.findall(r"\[([\d,]*)\]", collective.shape):
+        lengths = [int(d) for d in dims.split(",") if d]
+        if any(a == b and a in sides for a, b in itertools.pairwise(lengths)):
+            return True
+    return False
+
+
+def modelled(chip: Chip, topology: str, cost: Cost, result: dict, text: str, mesh: Mesh) -> dict[str, float]:
+    """Seconds of a step by the chip's published peaks: a model and no measurement.
+
+    `step` is the longest of computing, memory traffic and exchange, as if they overlapped; `step_apart` is their sum
+    without overlap of exchange. The efficiencies compare with a chip that exchanges nothing.
+    """
+    passes = 1 if result["compute"] == "bfloat16" else FLOAT32_PASSES
+    program, sides = hlo.parse(text), sorted(map(int, topology.split(":")[1].split("x")), reverse=True)
+    compute = ((cost.matmul + cost.convolution) * passes + cost.other) / result["chips"] / chip.flops
+    traffic = program.memory_traffic() / chip.hbm_bandwidth
+    exchange = 0.0
+    for c in program.collectives():
+        spanned = next((n for n in range(1, len(sides)) if math.prod(sides[:n]) >= len(c.group)), len(sides))
+        exchange += c.sent / (chip.ici / 2 * spanned / chip.dimensions)
+    alone = max(compute, traffic)
+    return {
+        "compute_seconds": compute,
+        "memory_seconds": traffic,
+        "exchange_seconds": exchange,
+        "step_seconds": max(alone, exchange),
+        "efficiency_overlapped": alone / max(alone, exchange),
+        "efficiency_apart": alone / (alone + exchange),
+        "objects_per_second": result["batch"]["objects"] / max(alone, exchange),
+    }
+
+
+def sweep(experiment: Experiment, stage: str, topology: str, meshes: Sequence[Any], *, inputs: int):
+    """Plans each mesh with 1, 2, 4, ... objects for each of its parts of a batch, until they do not fit.
+
+    Yields:
+      What `plan` returns, one after the other.
+    """
+    chips = len(described(topology))
+    for mesh in meshes:
+        objects = mesh.rows(chips)
+        while True:
+            config = dataclasses.replace(experiment.stages[stage], batch=objects, accumulation=1)
+            tried = dataclasses.replace(experiment, mesh=mesh, **{stage: config})
+            yield (found := plan(tried, stage, topology, inputs=inputs))
+            if not found["fits"] or "model" not in found:
+                break
+            objects *= 2
+
+
+def versions() -> dict[str, str]:
+    """Of what takes part in compiling."""
+    found = {}
+    for package in ("geolrm-jax", "jax", "jaxlib", "libtpu", "flax"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write(planned: Any, path: Path) -> None:
+    """Writes it as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(planned, indent=2) + "\n")
