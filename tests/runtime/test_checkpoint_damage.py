@@ -104,8 +104,10 @@ def test_no_file_can_be_damaged_unnoticed(saved, damage, warned):
             assert (step, whole) == (2, 2)
         else:
             noticed += 1
-            assert whole == 1 and str(name) in warned[-1] and str(saved / "2") in warned[-1]
-            assert step == (1 if name.parts[0] in ("model", "checksums.json") else 2)
+            assert whole == 1 and str(saved / "2") in warned[-1]
+            assert str(name) in warned[-1] or name.name == "checksums.json"
+            if name.name != "checksums.json":  # whose bytes speak of any item
+                assert step == (1 if name.parts[0] == "model" else 2)
         reading.close()
         shutil.copyfile(good / name, saved / "2" / name)
     assert noticed > 15
@@ -235,9 +237,9 @@ time.sleep(60)
 def test_a_second_run_in_a_work_directory_is_refused_until_the_first_is_gone(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / ".lock"], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(OSError, match=rf"{tmp_path}: another run works there \(process 1 on elsewhere\)"):
-        with exclusive(tmp_path):
-            raise AssertionError("two runs at once")
+    message = rf"{tmp_path}: another run works there \(process 1 on elsewhere\)"
+    with pytest.raises(OSError, match=message), exclusive(tmp_path):
+        raise AssertionError("two runs at once")
     holder.kill()
     holder.wait()
     with exclusive(tmp_path):
