@@ -53,7 +53,8 @@ def run_step_alone(trainer: loop.Trainer, steps: int) -> float:
     """Seconds per step of the compiled step, inputs on the device, synchronised."""
     prepared = loop.prepare(trainer)
     step, state = prepared.build(trainer.stage.objective), prepared.init()
-    batches = [next(trainer.data) for _ in range(4)]
+    data = trainer.batches(0)
+    batches = [next(data) for _ in range(4)]
 
     def put(batch):
         return jax.block_until_ready(put_batch(batch, prepared.batch_sharding))

@@ -221,7 +221,7 @@ def train_in_order(
             with jax.transfer_guard("disallow"):
                 state, metrics = monitor.step(state, prepared.constants, batch)
             host = {
-                "inputs": len(inputs),
+                "inputs": float(len(inputs)),
                 "seconds_waiting_for_data": received - started,
                 "seconds_dispatching": time.perf_counter() - received,
             }

@@ -99,7 +99,7 @@ class Monitor:
           Diverged: if too many of the window's steps were skipped.
           ValueError: if the rasterizer's capacity was doubled as often as it may be.
         """
-        host = {**host, "flops": self.dispatched}
+        host = {**host, "flops": float(self.dispatched)}
         before, self.in_flight = self.in_flight, (done, metrics, host, self.objective)
         if before:
             self._take(*before)
@@ -170,7 +170,7 @@ class Monitor:
             means["mfu"] = flops / (now - self.line_started) / (self.peak * jax.device_count())
         means |= hardware.memory()
         of_hosts = {name: means[name] for name in means if name.startswith("seconds_") or name.endswith("_memory")}
-        gathered = distributed.per_host({**of_hosts, "damaged_records": damaged})
+        gathered = distributed.per_host({**of_hosts, "damaged_records": float(damaged)})
         means["damaged_records"] = float(gathered.pop("damaged_records").sum())
         self.log.log(done, means, distributed.extremes(gathered) if jax.process_count() > 1 else None)
         self.bar.update(done, {name: means[name] for name in SHOWN if name in means})

@@ -1,6 +1,7 @@
 """The monitor: what it averages, what it skips, when it grows and when it stops."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 
 from geolrm_jax.config import load_config
-from geolrm_jax.runtime import logging
+from geolrm_jax.runtime import hardware, logging
 from geolrm_jax.runtime.logging import read_metrics
 from geolrm_jax.runtime.sharding import MeshConfig, batch_sharding
 from geolrm_jax.scene import Batch, Cameras, Views
 from geolrm_jax.training import loop
-from geolrm_jax.training.loop import DOUBLINGS, Monitor, drawn_inputs, with_inputs
+from geolrm_jax.training.loop import drawn_inputs, with_inputs
+from geolrm_jax.training.monitor import DOUBLINGS, RECENT, Diverged, Monitor
 
 
 @pytest.fixture
@@ -29,17 +31,26 @@ def stage(tiny):
 def make_monitor(stage, folder, doublings=0):
     built = []
     log, bar = logging.RunLogger(folder, "stage"), logging.Progress("stage", 10, 0, "step")
-    return Monitor("stage", stage, lambda objective: built.append(objective), log, bar, doublings), built
+    monitor = Monitor(
+        "stage", stage, lambda objective: built.append(objective), lambda *_: 0, log, bar, folder / "stage", doublings
+    )
+    return monitor, built
 
 
-def metrics(loss, skipped=False, overflow=0):
-    return {"loss": jnp.array(loss), "skipped": jnp.array(skipped), "overflow": jnp.array(overflow)}
+def metrics(loss, skipped=False, overflow=0, recently=0):
+    values = {"loss": loss, "gradient_norm": loss, "gradient_norm_median": 1.0, "overflow": overflow}
+    return {k: jnp.array(v) for k, v in values.items()} | {"skipped": jnp.array(skipped), RECENT: jnp.array(recently)}
+
+
+def add(monitor, step, values, flush=False, **seconds):
+    host = {"inputs": 2.0, "seconds_waiting_for_data": 0.0, "seconds_dispatching": 0.0} | seconds
+    monitor.add(step, values, host, damaged=1, flush=flush)
 
 
 def test_a_line_is_the_mean_of_its_steps(stage, tmp_path):
     monitor, _ = make_monitor(stage, tmp_path)
     for step, loss in enumerate([1.0, 2.0, 5.0, 7.0], start=1):
-        monitor.add(step, metrics(loss), 2, 0.0, flush=False)
+        add(monitor, step, metrics(loss))
     assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.5, 6.0]
     assert monitor.since_save()["loss"] == 3.75
     assert "loss" not in monitor.since_save()
@@ -47,27 +58,44 @@ def test_a_line_is_the_mean_of_its_steps(stage, tmp_path):
 
 def test_skipped_steps_are_counted_and_left_out_of_means(stage, tmp_path):
     monitor, _ = make_monitor(stage, tmp_path)
-    monitor.add(1, metrics(float("nan"), skipped=True), 2, 0.0, flush=False)
-    monitor.add(2, metrics(3.0), 2, 0.0, flush=False)
+    add(monitor, 1, metrics(float("nan"), skipped=True))
+    add(monitor, 2, metrics(3.0))
     [line] = read_metrics(tmp_path / "metrics.jsonl")
     assert line["loss"] == 3.0 and line["skipped"] == 1.0
-    with pytest.raises(FloatingPointError, match="as many as max_skipped"):
-        monitor.add(3, metrics(float("nan"), skipped=True), 2, 0.0, flush=True)
+    with pytest.raises(Diverged, match="2 steps skipped"):
+        add(monitor, 3, metrics(float("nan"), skipped=True, recently=2), flush=True)
+    told = [json.loads(line) for line in (tmp_path / "stage" / "skipped.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told] == [1, 3] and told[0]["loss"] == "nan"
+
+
+def test_a_line_says_where_the_time_goes(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "peak_flops", lambda kind: 1e12)
+    monitor, _ = make_monitor(stage, tmp_path)
+    monitor.compiled, monitor.flops = lambda state, constants, batch: (state, {}), lambda objective, batch: 10**9
+    batch = with_inputs(numbered_batch(), (0, 1))
+    for step in (1, 2):
+        monitor.step(None, None, batch)
+        add(monitor, step, metrics(1.0), seconds_waiting_for_data=0.25, seconds_dispatching=0.5 * step)
+    [line] = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["seconds_waiting_for_data"] == 0.25 and line["seconds_dispatching"] == 0.75
+    assert line["samples_per_second"] == pytest.approx(stage.batch / line["seconds_per_step"])
+    assert line["mfu"] == pytest.approx(1e9 / line["seconds_per_step"] / 1e12)  # one device
+    assert line["damaged_records"] == 1 and line["host_memory"] > 1e7 and "flops" not in line
 
 
 def test_capacity_doubles_once_for_steps_in_flight_and_is_remembered(stage, tmp_path):
     monitor, built = make_monitor(stage, tmp_path)
     first = stage.objective.pairs_per_gaussian
-    monitor.add(1, metrics(1.0, overflow=5), 2, 0.0, flush=False)
-    monitor.add(2, metrics(1.0, overflow=5), 2, 0.0, flush=True)  # dispatched before the first was looked at
+    add(monitor, 1, metrics(1.0, overflow=5))
+    add(monitor, 2, metrics(1.0, overflow=5), flush=True)  # dispatched before the first was looked at
     assert [objective.pairs_per_gaussian for objective in built] == [first, 2 * first]
     assert monitor.since_save()[DOUBLINGS] == 1
 
     resumed, built = make_monitor(stage, tmp_path / "again", doublings=1)
     assert built[0].pairs_per_gaussian == 2 * first
-    resumed.add(1, metrics(1.0, overflow=1), 2, 0.0, flush=True)
+    add(resumed, 1, metrics(1.0, overflow=1), flush=True)
     with pytest.raises(ValueError, match="doubled 2 times and overflows still"):
-        resumed.add(2, metrics(1.0, overflow=1), 2, 0.0, flush=True)
+        add(resumed, 2, metrics(1.0, overflow=1), flush=True)
 
 
 def test_drawn_inputs_cover_the_choices_and_repeat(stage):
@@ -101,17 +129,19 @@ def test_only_the_drawn_inputs_are_taken(wanted):
     assert batch.inputs.cameras.intrinsics.shape == (2, 3, 3, 3) and batch.targets.valid.shape == (2, 5)
 
 
-class Batches:
+class Numbered:
     """Endless batches with a state."""
 
-    def __iter__(self):
-        return self
+    damaged = ()
 
     def __next__(self):
         return numbered_batch()
 
     def get_state(self):
         return {"position": 0}
+
+    def close(self):
+        pass
 
 
 def test_a_batch_is_sent_before_the_step_before_it_is_waited_for(tiny, tmp_path, monkeypatch):
@@ -135,6 +165,7 @@ def test_a_batch_is_sent_before_the_step_before_it_is_waited_for(tiny, tmp_path,
         jax.eval_shape(lambda: state),
         lambda: state,
         lambda objective: noted(lambda *_: "step", step),
+        lambda *_: 0,
         None,
         batch_sharding(MeshConfig().make()),
     )
@@ -143,6 +174,8 @@ def test_a_batch_is_sent_before_the_step_before_it_is_waited_for(tiny, tmp_path,
     monkeypatch.setattr(Monitor, "_take", noted(lambda monitor, done, *_: f"wait for {done}", Monitor._take))
     saving = dataclasses.replace(tiny.reconstruction.checkpoint, every=4)
     stage = dataclasses.replace(tiny.reconstruction, steps=4, log_every=4, checkpoint=saving)
-    loop.train(loop.Trainer("stage", stage, tiny.model, tiny.precision, tiny.mesh, 0, tmp_path, Batches()))
+    loop.train(
+        loop.Trainer("stage", stage, tiny.model, tiny.precision, tiny.mesh, 0, tmp_path, lambda order: Numbered())
+    )
     expected = "send, step, send, step, wait for 1, send, step, wait for 2, send, step, wait for 3, wait for 4"
     assert order == expected.split(", ")

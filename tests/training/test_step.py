@@ -13,6 +13,7 @@ from geolrm_jax.config import load_config
 from geolrm_jax.geometry.cameras import turntable
 from geolrm_jax.inference import abstract_model
 from geolrm_jax.scene import Batch, Cameras, Views
+from geolrm_jax.training.guard import GuardConfig
 from geolrm_jax.training.step import init_state, make_train_step
 
 
@@ -42,7 +43,12 @@ def make(experiment, stage, *, accumulation=1, optimizer=None):
     optimizer = optimizer or config.optimizer.make(config.steps)
     ema = config.ema_decay
     state = init_state(
-        lambda rngs: model.make(rngs, experiment.precision), config.objective, optimizer, jax.random.key(0), ema=ema > 0
+        lambda rngs: model.make(rngs, experiment.precision),
+        config.objective,
+        optimizer,
+        jax.random.key(0),
+        ema=ema > 0,
+        guard=GuardConfig(),
     )
     graphdef, _ = abstract_model(model, experiment.precision)
     step = make_train_step(
@@ -53,6 +59,7 @@ def make(experiment, stage, *, accumulation=1, optimizer=None):
         seed=0,
         accumulation=accumulation,
         ema_decay=ema,
+        guard=GuardConfig(),
     )
     return step, state
 
@@ -84,6 +91,16 @@ def test_reconstruction_trains_its_own_network_only(experiment, rng):
     # And this is DINOv2's own pre-training's.
     unseen = ("['key']['bias']", "['view_logit']['bias']", "['mask_token']")
     assert all(path.endswith(unseen) for path in still), still
+    for word, tree in (("parameter", state["params"]["reconstruction"]), ("gradient", None)):
+        norms = {n.split(".")[1]: v for n, v in metrics.items() if n.startswith(f"{word}_norm/reconstruction.")}
+        assert set(norms) == set(before["params"]["reconstruction"])
+        whole = metrics["gradient_norm"] if tree is None else optax.tree.norm(tree)
+        np.testing.assert_allclose(np.sqrt(sum(float(v) ** 2 for v in norms.values())), whole, rtol=1e-5)
+    moved = jax.tree.map(
+        lambda a, b: a - b, copy(state["params"]["reconstruction"]), before["params"]["reconstruction"]
+    )
+    for part, tree in moved.items():
+        np.testing.assert_allclose(metrics[f"update_norm/reconstruction.{part}"], optax.tree.norm(tree), rtol=1e-3)
     parts = ("image", "alpha", "depth", "total_variation")
     np.testing.assert_allclose(metrics["loss"], sum(metrics[p] for p in parts), rtol=1e-6)
     assert state["step"] == 1 and metrics["skipped"] == 0
@@ -103,7 +120,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(experiment, rn
     )
     state, metrics = step(state, None, poisoned)
     assert metrics["skipped"] == 1
-    assert changed(before, state) == {"['step']"}
+    assert changed(before, state) == {"['step']", "['guard']['skipped']", "['guard']['norms']"}
+    assert np.isnan(state["guard"]["norms"]).all()  # none is known; NaN is unequal to itself
     state, metrics = step(state, None, batch)
     assert metrics["skipped"] == 0 and np.isfinite(metrics["loss"])
 
