@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from geolrm_jax.precision import Precision
 from geolrm_jax.runtime.sharding import MeshConfig
 from geolrm_jax.training.loop import StageConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had start_from for warm_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,11 @@ class Experiment:
     """Side of the images that the networks see, a multiple of 28."""
     render_size: int = 448
     """Side of the images that supervise."""
-    start_from: str | None = None
+    warm_start: str | None = None
     """Another run's work directory, or one of imported weights, whose latest networks take the place of fresh ones."""
+    allow_missing: str | None = None
+    """Pattern of names of arrays, as `reconstruction.decoder`, that stay fresh where `warm_start` lacks them or has
+    them in another shape; None: it must fit."""
     dinov2_weights: str | None = None
     """A DINOv2 file (Hugging Face safetensors, torch .pth) that the image encoders of fresh networks start from."""
     seed: int = 0
@@ -52,11 +56,18 @@ class Experiment:
         check_input_size(self.input_size, self.input_size)
         if self.render_size < 16:
             raise ValueError(f"render_size must be at least 16, got {self.render_size}")
-        if self.reconstruction and not (self.proposal or self.start_from):
+        if self.reconstruction and not (self.proposal or self.warm_start):
             raise ValueError(
                 "reconstruction trains on the anchors of a trained proposal: "
-                "proposal must not be None, or start_from must name a work directory that holds one"
+                "proposal must not be None, or warm_start must name a work directory that holds one"
             )
+        if self.allow_missing is not None:
+            if not self.warm_start:
+                raise ValueError(f"allow_missing {self.allow_missing!r} is about warm_start, which is not set")
+            try:
+                re.compile(self.allow_missing)
+            except re.error as error:
+                raise ValueError(f"allow_missing {self.allow_missing!r} is no regular expression: {error}") from error
         if self.model.proposal.fine_grid != self.data.occupancy_grid:
             raise ValueError(
                 f"model.proposal.fine_grid {self.model.proposal.fine_grid} and data.occupancy_grid "
@@ -66,7 +77,7 @@ class Experiment:
     def absolute(self) -> "Experiment":
         """The same with absolute paths, so that the work directory alone says where everything is."""
         files = {
-            name: os.path.abspath(path) for name in ("start_from", "dinov2_weights") if (path := getattr(self, name))
+            name: os.path.abspath(path) for name in ("warm_start", "dinov2_weights") if (path := getattr(self, name))
         }
         stages = {
             name: dataclasses.replace(stage, pipeline=stage.pipeline.absolute()) for name, stage in self.stages.items()

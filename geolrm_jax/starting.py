@@ -1,21 +1,24 @@
-"""Where a network's values come from: a stage's own checkpoint > another run's > published weights > fresh ones.
+"""Where a network's values come from: a stage's own checkpoint > a warm start > published weights > fresh ones.
 
-The first is the loop's (it goes on where it stopped); the rest is decided here.
+The first is the loop's (it goes on where it stopped); the rest is decided here. A warm start takes parameters and batch
+statistics of another run, averaged ones where it has them, and nothing else.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from flax import traverse_util
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from geolrm_jax.config import Experiment, read_config
 from geolrm_jax.inference import Model, abstract_model, restore_variables
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checkpoint import CheckpointConfig, Checkpoints
+from geolrm_jax.runtime.exclusive import agreed
 from geolrm_jax.weights.dinov2 import load_dinov2
 
 Variables = dict[str, Any]
+Flat = dict[tuple[str, ...], Any]
 
 
 def load_model(workdir: Path | str, step: str | int = "latest") -> Model:
@@ -54,64 +57,102 @@ def restore_stage(
     return variables, graphdef, number
 
 
-def start(experiment: Experiment, name: str, workdir: Path) -> Variables:
+def start(experiment: Experiment, name: str, workdir: Path, target: Variables) -> Variables:
     """What takes the place of fresh values when a stage begins, as a part of `params` and `batch_stats`.
 
+    All processes of a run call it together; what is restored from checkpoints never lies whole in one of them.
+
+    Args:
+      experiment: says what to start from.
+      name: of the stage.
+      workdir: of the run, whose proposal the reconstruction starts from.
+      target: all of `params` and `batch_stats`: shapes, types and shardings to restore onto.
+
     Raises:
-      FileNotFoundError: if `start_from` has no checkpoint, or there is no file `dinov2_weights`.
+      FileNotFoundError: if `warm_start` has no checkpoint, or there is no file `dinov2_weights`.
       ValueError: if the networks there or the file do not fit; what differs is listed.
     """
-    started: Variables = {"params": {}, "batch_stats": {}}
-    if experiment.start_from:
-        started = _of_another_run(Path(experiment.start_from))
+    started: Flat = {}
+    wanted = {path: array for path, array in flatten_dict(target).items() if path[0] in ("params", "batch_stats")}
+    if experiment.warm_start:
+        folder = latest_stage(Path(experiment.warm_start))
+        started |= load_fitting(folder, wanted, experiment.allow_missing)
     if name == "reconstruction" and experiment.proposal:
-        own = restore_stage(experiment, "proposal", workdir)[0]
-        started = {item: {**started[item], **own[item]} for item in started}
+        proposal = {path: array for path, array in wanted.items() if path[1] == "proposal"}
+        started |= load_fitting(workdir / "proposal", proposal)
     model = experiment.stages[name].objective.networks(experiment.model)
-    networks = {"proposal": model.proposal, "reconstruction": model.reconstruction}
-    started = {item: {key: tree[key] for key in tree if networks[key]} for item, tree in started.items()}
-    _check_fit(started, abstract_model(model, experiment.precision)[1], experiment.start_from or workdir)
-    for network, config in networks.items():
-        fresh = config and network not in started["params"]
+    for network, config in {"proposal": model.proposal, "reconstruction": model.reconstruction}.items():
+        vit = ("params", network, "encoder", "vit")
+        fresh = config and not any(path[:4] == vit for path in started)
         if experiment.dinov2_weights and fresh and "high" in config.encoder.levels:
-            vit, digest = load_dinov2(experiment.dinov2_weights, config.encoder.vit)
+            values, digest = load_dinov2(experiment.dinov2_weights, config.encoder.vit)
             logging.notice(f"{name}: DINOv2 of {network} from {experiment.dinov2_weights}, SHA-256 {digest}")
-            started["params"][network] = {"encoder": {"vit": vit}}
-    return started
+            started |= {(*vit, *path): value for path, value in flatten_dict(values).items()}
+    return unflatten_dict(started)
 
 
-def _check_fit(started: Variables, wanted: Variables, source: Path | str) -> None:
-    """Raises a ValueError unless every network in `started` is whole and has the shapes of the model's."""
-    problems = []
-    for item, networks in started.items():
-        for network in networks:
-            there, here = (
-                {".".join(path): np.shape(x) for path, x in traverse_util.flatten_dict(tree[item][network]).items()}
-                for tree in (started, wanted)
-            )
-            for path in sorted({*there, *here}):
-                if there.get(path) != here.get(path):
-                    has, needs = (str(shapes.get(path, "nothing")) for shapes in (there, here))
-                    problems.append(f"{network}.{path}: {has} there, {needs} in this config")
-    if problems:
-        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"the networks of {source} do not fit the model: {'; '.join(problems[:10])}{more}")
-
-
-def _of_another_run(workdir: Path) -> Variables:
-    """The networks of the latest stage that has a complete checkpoint."""
-    experiment = read_config(workdir)
-    for name in reversed(experiment.stages):
+def latest_stage(workdir: Path) -> Path:
+    """The folder of the last stage of a work directory that has a complete checkpoint."""
+    for name in ("reconstruction", "proposal"):
         folder = workdir / name / "checkpoints"
-        if folder.is_dir() and _has_steps(folder, experiment.stages[name].checkpoint):
-            variables, _, step = restore_stage(experiment, name, workdir)
-            logging.notice(f"starting from step {step} of {workdir / name}")
-            return variables
-    raise FileNotFoundError(f"start_from {workdir}: no stage has a checkpoint there")
+        if folder.is_dir() and any(found.name.isdigit() for found in folder.iterdir()):
+            return workdir / name
+    raise FileNotFoundError(f"warm_start {workdir}: no stage has a checkpoint there")
 
 
-def _has_steps(folder: Path, config: CheckpointConfig) -> bool:
-    checkpoints = Checkpoints(folder, config, write=False)
-    steps = checkpoints.steps
+def load_fitting(folder: Path, wanted: Flat, allow_missing: str | None = None) -> Flat:
+    """The arrays of a stage's newest checkpoint that fit, laid out and typed as wanted; the log says which do not.
+
+    Networks that are only there, or only wanted, are left out.
+
+    Args:
+      folder: of the stage.
+      wanted: targets by path: collection, network, name.
+      allow_missing: a pattern found in the names, as `reconstruction.decoder.hidden.bias`, of arrays that may be
+        missing there or have another shape; arrays that are not wanted are then left out too. None: all must fit.
+
+    Raises:
+      ValueError: if others do not fit, with their names and shapes, or if none fits.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), write=False)
+    step = agreed(checkpoints.resolve("latest"))
+    there = flatten_dict(checkpoints.model_arrays(step))
+    networks = {path[1] for path in there} & {path[1] for path in wanted}
+    there, here = ({path: x for path, x in tree.items() if path[1] in networks} for tree in (there, wanted))
+    fitting = {path: x for path, x in here.items() if path in there and there[path].shape == x.shape}
+    unfit = {_name(path): _shapes(there.get(path), x) for path, x in here.items() if path not in fitting}
+    unused = {_name(path): _shapes(x, None) for path, x in there.items() if path not in here}
+    if allow_missing is None:
+        refused = unfit | unused
+    else:
+        refused = {name: shapes for name, shapes in unfit.items() if not re.search(allow_missing, name)}
+    if refused or not fitting:
+        raise ValueError(_refusal(folder, refused))
+    cast = sum(there[path].dtype != x.dtype for path, x in fitting.items())
+    logging.notice(
+        f"starting from step {step} of {folder}: {len(fitting)} arrays loaded, {cast} of them cast to another type; "
+        f"{len(unfit)} stay fresh, {len(unused)} of theirs are not used"
+    )
+    for word, listed in (("fresh", unfit), ("not used", unused)):
+        for name, shapes in sorted(listed.items()):
+            logging.notice(f"  {word}: {name}: {shapes}")
+    loaded = checkpoints.restore_model(step, unflatten_dict(fitting))
     checkpoints.close()
-    return bool(steps)
+    return flatten_dict(loaded)
+
+
+def _name(path: tuple[str, ...]) -> str:
+    return ".".join(path[1:])
+
+
+def _shapes(there: Any, here: Any) -> str:
+    has, needs = ("nothing" if x is None else str(x.shape) for x in (there, here))
+    return f"{has} there, {needs} in this config"
+
+
+def _refusal(folder: Path, refused: dict[str, str]) -> str:
+    if not refused:
+        return f"no array of {folder} fits the model"
+    listed = "; ".join(f"{name}: {shapes}" for name, shapes in sorted(refused.items())[:10])
+    more = f"; and {len(refused) - 10} more" if len(refused) > 10 else ""
+    return f"the networks of {folder} do not fit the model (see --allow-missing): {listed}{more}"

@@ -158,10 +158,10 @@ def test_a_damaged_or_foreign_config_json_is_named(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"config.json is not JSON"):
         read_config(tmp_path)
     file.write_text("[]")
-    with pytest.raises(ValueError, match="format_version 1, got None"):
+    with pytest.raises(ValueError, match="format_version 2, got None"):
         read_config(tmp_path)
     file.write_text('{"format_version": 99}')
-    with pytest.raises(ValueError, match="format_version 1, got 99"):
+    with pytest.raises(ValueError, match="format_version 2, got 99"):
         read_config(tmp_path)
 
 

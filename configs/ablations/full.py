@@ -23,5 +23,5 @@ def get_config() -> Experiment:
         evaluation=replace(base.evaluation, input_size=224, render_size=224),
         input_size=224,
         render_size=224,
-        start_from="workdir/ablations_proposal",
+        warm_start="workdir/ablations_proposal",
     )

@@ -25,11 +25,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import serialization, traverse_util
+from flax import serialization
 
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checksums import find_damage, write_checksums
 from geolrm_jax.runtime.exclusive import agreed
+from geolrm_jax.runtime.saved_model import SavedModel, does_not_fit, first_line
 
 FORMAT_VERSION = 3  # 1 had no batch counts and no mask token, 2 no checksums
 MODEL, OPTIMIZER = ("params", "batch_stats", "ema"), ("opt_state", "step", "guard")
@@ -113,13 +114,9 @@ class Checkpoints:
     ):
         self.directory, self.config, self.run = Path(directory).absolute(), config, dict(run or {})
         self._write, self._saving, self._sound = write, None, set()
-        if write and jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.directory).close()  # now, not at the first save
-            for suffix in (UNFINISHED, DELETED):
-                for folder in self.directory.glob(f"*{suffix}"):
-                    shutil.rmtree(folder)
-        elif not write and not self.directory.is_dir():
+        if write:
+            self._prepare()
+        elif not self.directory.is_dir():
             raise FileNotFoundError(f"no checkpoints at {self.directory}: expected a folder that training has written")
         self._processes = ocp.options.MultiprocessingOptions()
         if not write:
@@ -136,6 +133,15 @@ class Checkpoints:
             multiprocessing_options=self._processes,
         )
         self._check_version()
+
+    def _prepare(self) -> None:
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.directory).close()  # what cannot be written is an error now, not at a save
+            for suffix in (UNFINISHED, DELETED):
+                for folder in self.directory.glob(f"*{suffix}"):
+                    shutil.rmtree(folder)
+        agreed(0)  # nobody looks before it is done
 
     def _check_version(self) -> None:
         found = {step: self._about(step).get("format_version") for step in self.steps}
@@ -246,7 +252,7 @@ class Checkpoints:
         except Exception as error:
             raise OSError(
                 f"checkpoint {self._folder(step)} could not be written, those before it are as they were: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
 
     def _delete_old(self, newest: int) -> None:
@@ -321,7 +327,7 @@ class Checkpoints:
         try:
             restored = self._checkpointer.restore(self._folder(step), args=Items(**items))
         except Exception as error:  # Orbax has no class of its own for what does not fit
-            raise self._misfit(step, error) from error
+            raise does_not_fit(self._folder(step), error) from error
         iterator.set_state(self._about(step)["iterator"])
         return serialization.from_state_dict(abstract_state, {**restored["model"], **restored["optimizer"]})
 
@@ -335,71 +341,22 @@ class Checkpoints:
         Raises:
           ValueError: if the checkpoint is damaged, or lacks an array or has it in another shape.
         """
-        sources, wanted, names = self._model_sources(step), {}, {}
-        for path, target in traverse_util.flatten_dict(dict(abstract_model)).items():
-            if path not in sources:
-                raise self._misfit(step, f"no {'.'.join(path[1:])} among its {path[0]}")
-            names[path], shape, _ = sources[path]
-            if shape != target.shape:
-                raise self._misfit(step, f"{'.'.join(path)} is {shape} there, {target.shape} here")
-            wanted[names[path]] = target
-        found = traverse_util.flatten_dict(self._read_arrays(step, wanted))
-        return traverse_util.unflatten_dict({path: found[name] for path, name in names.items()})
+        return self._model(step).restore(abstract_model)
 
     def model_arrays(self, step: int) -> dict[str, Any]:
         """Shapes and types of all that `restore_model` can give."""
-        sources = self._model_sources(step).items()
-        return traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(*array) for path, (_, *array) in sources})
+        return self._model(step).shapes()
 
     def open_arrays(self, step: int) -> Callable[[str, str], np.ndarray]:
         """Reads a saved model one array at a time: `read("params", "proposal.transformer.query")`.
 
         As in `restore_model`, averaged parameters take the place of the raw where they exist.
         """
-        sources = self._model_sources(step)
+        return self._model(step).read
 
-        def read(collection: str, path: str) -> np.ndarray:
-            keys = (collection, *path.split("."))
-            if keys not in sources:
-                raise self._misfit(step, f"no {path} among its {collection}")
-            name = sources[keys][0]
-            return traverse_util.flatten_dict(self._read_arrays(step, {name: None}))[name]
-
-        return read
-
-    def _model_sources(self, step: int) -> dict[tuple[str, ...], tuple[tuple[str, ...], tuple[int, ...], np.dtype]]:
-        """For every array of `params` and `batch_stats`: its name in the checkpoint, its shape and its type."""
+    def _model(self, step: int) -> SavedModel:
         self._require_sound(step, ("model",))
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=self._processes)
-        saved = traverse_util.flatten_dict(handler.metadata(self._folder(step) / "model").tree)
-        averaged = {name[1] for name in saved if name[0] == "ema"}
-        sources = {}
-        for name, array in saved.items():
-            if name[0] != "ema" and (name[0] != "params" or name[1] not in averaged):
-                sources[name] = (name, tuple(array.shape), array.dtype)
-            elif name[0] == "ema":
-                sources[("params", *name[1:])] = (name, tuple(array.shape), array.dtype)
-        return sources
-
-    def _read_arrays(self, step: int, wanted: Mapping[tuple[str, ...], jax.ShapeDtypeStruct | None]) -> dict[str, Any]:
-        """Some arrays of the model, by their names in the checkpoint: with a target as it says, else in NumPy."""
-        as_wanted = {
-            name: ocp.RestoreArgs(restore_type=np.ndarray)
-            if target is None
-            else ocp.ArrayRestoreArgs(dtype=target.dtype, sharding=target.sharding, global_shape=target.shape)
-            for name, target in wanted.items()
-        }
-        arguments = ocp.args.PyTreeRestore(
-            item=traverse_util.unflatten_dict(dict.fromkeys(wanted, 0)),
-            restore_args=traverse_util.unflatten_dict(as_wanted),
-            partial_restore=True,
-        )
-        checkpointer = ocp.Checkpointer(
-            ocp.PyTreeCheckpointHandler(multiprocessing_options=self._processes),
-            multiprocessing_options=self._processes,
-        )
-        with checkpointer:
-            return checkpointer.restore(self._folder(step) / "model", args=arguments)
+        return SavedModel(self._folder(step), self._processes)
 
     def _require_sound(self, step: int, items: Iterable[str]) -> None:
         """Raises a ValueError if these items are damaged; where processes write together, 0 looks for all of them."""
@@ -407,18 +364,12 @@ class Checkpoints:
         if agreed(damage is not None) if self._write else damage:
             raise ValueError(f"checkpoint {self._folder(step)} is damaged: {damage or 'process 0 says why'}")
 
-    def _misfit(self, step: int, why: object) -> ValueError:
-        return ValueError(f"checkpoint {self._folder(step)} does not fit: {_first_line(why)}")
-
     def close(self) -> None:
         """Waits and lets go of the folder; raises as `save` does."""
-        self.wait()
-        self._checkpointer.close()
-
-
-def _first_line(error: object) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return first.split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
 
 
 def abstract_with_sharding(tree: Any, shardings: Any) -> Any:
