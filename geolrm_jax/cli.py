@@ -25,7 +25,7 @@ def clear_errors(command: Callable[..., int | None]) -> Callable[..., int]:
     """Turns what a user can mend into one line and exit code 1; anything else is a bug and keeps its traceback."""
 
     def run(arguments: Arguments, program: str) -> int:
-        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax and TFDS speak of their own options
+        absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax and TFDS log as errors they also raise
         try:
             return command(arguments, program) or 0
         except (ValueError, OSError, FloatingPointError) as error:
@@ -261,7 +261,23 @@ def data(arguments: Arguments, program: str) -> None:
     data_cli.run(arguments, program)
 
 
-COMMANDS = {"train": train, "eval": evaluate, "infer": infer, "info": info, "weights": weights, "data": data}
+@clear_errors
+def plan(arguments: Arguments, program: str) -> None:
+    """memory, computing and communication of the train step on accelerators that need not be there"""
+    from geolrm_jax import plan_cli
+
+    plan_cli.run(arguments, program)
+
+
+COMMANDS = {
+    "train": train,
+    "eval": evaluate,
+    "infer": infer,
+    "info": info,
+    "plan": plan,
+    "weights": weights,
+    "data": data,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

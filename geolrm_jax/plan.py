@@ -7,8 +7,7 @@ import json
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from geolrm_jax.export.files import written_whole
 from geolrm_jax.runtime import hlo
 from geolrm_jax.runtime.cost import Cost, count_jaxpr
 from geolrm_jax.runtime.hardware import CHIPS, Chip
-from geolrm_jax.runtime.sharding import ROWS, VIEWS, batch_shardings, path_of
+from geolrm_jax.runtime.sharding import ROWS, VIEWS, MeshConfig, batch_shardings, path_of
 from geolrm_jax.scene import Batch, Cameras, Views
 from geolrm_jax.training.loop import StageConfig, Trainer, prepare
 from kernels_pallas.mesh import CONTEXT
@@ -33,15 +32,16 @@ PARTS = {"params": "parameters", "ema": "parameters", "batch_stats": "parameters
 FLOAT32_PASSES = 6  # of bfloat16, that a TPU makes of one float32 product at the highest precision
 
 
-def plan(experiment: Experiment, stage: str, topology: str, *, inputs: int) -> dict[str, Any]:
-    """Compiles a stage's train step for a topology, on the experiment's mesh.
+def plan(experiment: Experiment, stage: str, topology: str, axes: MeshConfig, *, inputs: int) -> dict[str, Any]:
+    """Compiles a stage's train step for a topology.
 
     LPIPS is in it whether or not its weights file is there.
 
     Args:
-      experiment: its mesh must cover the topology, and the stage's batch must divide over it.
+      experiment: its mesh is not looked at.
       stage: `"reconstruction"` or `"proposal"`.
       topology: `v5p:4x4x4` and the like, or `cpu:8` for simulated devices.
+      axes: of the mesh, which must cover the topology, and over which the stage's batch must divide.
       inputs: views that the networks see; the targets are `stage.views`, or as many.
 
     Returns:
@@ -54,7 +54,7 @@ def plan(experiment: Experiment, stage: str, topology: str, *, inputs: int) -> d
     if not config:
         raise ValueError(f"stage {stage!r}: expected one of {', '.join(experiment.stages)}")
     devices = described(topology)
-    mesh = experiment.mesh.make(devices)
+    mesh = axes.make(devices)
     rows = math.prod(mesh.shape[name] for name in ROWS)
     if config.batch // config.accumulation % rows:
         raise ValueError(
@@ -71,7 +71,7 @@ def plan(experiment: Experiment, stage: str, topology: str, *, inputs: int) -> d
         stage=config,
         model=experiment.model,
         precision=experiment.precision,
-        mesh=experiment.mesh,
+        mesh=axes,
         seed=experiment.seed,
         directory=Path(),
         batches=iter,
@@ -110,11 +110,9 @@ def plan(experiment: Experiment, stage: str, topology: str, *, inputs: int) -> d
         return result | {"fits": False, "does_not_fit": readable(str(error))}
     hbm = memory(compiled.memory_analysis(), arguments)
     result |= {"hbm": hbm, "hbm_bytes_per_chip": hbm["total"], "fits": not chip or hbm["total"] <= chip.hbm}
-    return (
-        result
-        | communication(compiled.as_text(), mesh, experiment)
-        | ({"model": modelled(chip, topology, cost, result, compiled.as_text(), mesh)} if chip else {})
-    )
+    program = hlo.parse(compiled.as_text())
+    result |= communication(program, mesh, experiment)
+    return result | ({"model": modelled(chip, topology, cost, result, program)} if chip else {})
 
 
 def described(topology: str) -> Sequence[jax.Device]:
@@ -196,21 +194,20 @@ def shard_bytes(tree: Any) -> int:
 def memory(found: Any, arguments: tuple) -> dict[str, int]:
     """Bytes of one chip by category. The state is donated: its new values take the place of the old."""
     state, constants, batch = arguments
-    parts = Counter({"parameters": 0, "optimizer": 0})
+    parts = dict.fromkeys(("parameters", "optimizer"), 0)
     for name, tree in state.items():
         parts[PARTS.get(name, "optimizer")] += shard_bytes(tree)
     parts |= {"constants": shard_bytes(constants), "batch": shard_bytes(batch)}
     # Arrays are padded to whole tiles; what no result depends on is not kept.
-    parts["padding of arguments"] = found.argument_size_in_bytes - parts.total()
+    parts["padding of arguments"] = found.argument_size_in_bytes - sum(parts.values())
     parts["temporaries"] = found.temp_size_in_bytes
     parts["output"] = found.output_size_in_bytes - found.alias_size_in_bytes
     parts["program"] = found.generated_code_size_in_bytes
-    return dict(parts) | {"total": parts.total()}
+    return parts | {"total": sum(parts.values())}
 
 
-def communication(text: str, mesh: Mesh, experiment: Experiment) -> dict[str, Any]:
+def communication(program: hlo.Program, mesh: Mesh, experiment: Experiment) -> dict[str, Any]:
     """Collectives by kind and mesh axes, the largest of them, and those that move pictures."""
-    program = hlo.parse(text)
     found = [c for c in program.collectives() if len(c.group) > 1]
     rows: dict[tuple, dict[str, Any]] = {}
     for c in found:
@@ -245,16 +242,16 @@ def moves_pictures(collective: hlo.Collective, experiment: Experiment) -> bool:
     return False
 
 
-def modelled(chip: Chip, topology: str, cost: Cost, result: dict, text: str, mesh: Mesh) -> dict[str, float]:
+def modelled(chip: Chip, topology: str, cost: Cost, result: dict, program: hlo.Program) -> dict[str, float]:
     """Seconds of a step by the chip's published peaks: a model and no measurement.
 
     `step` is the longest of computing, memory traffic and exchange, as if they overlapped; `step_apart` is their sum
     without overlap of exchange. The efficiencies compare with a chip that exchanges nothing.
     """
     passes = 1 if result["compute"] == "bfloat16" else FLOAT32_PASSES
-    program, sides = hlo.parse(text), sorted(map(int, topology.split(":")[1].split("x")), reverse=True)
+    sides = sorted(map(int, topology.split(":")[1].split("x")), reverse=True)
     compute = ((cost.matmul + cost.convolution) * passes + cost.other) / result["chips"] / chip.flops
-    traffic = program.memory_traffic() / chip.hbm_bandwidth
+    traffic = result["bytes_per_chip"] / chip.hbm_bandwidth
     exchange = 0.0
     for c in program.collectives():
         spanned = next((n for n in range(1, len(sides)) if math.prod(sides[:n]) >= len(c.group)), len(sides))
@@ -271,22 +268,24 @@ def modelled(chip: Chip, topology: str, cost: Cost, result: dict, text: str, mes
     }
 
 
-def sweep(experiment: Experiment, stage: str, topology: str, meshes: Sequence[Any], *, inputs: int):
+def sweep(
+    experiment: Experiment, stage: str, topology: str, meshes: Sequence[MeshConfig], *, inputs: int
+) -> Iterator[dict[str, Any]]:
     """Plans each mesh with 1, 2, 4, ... objects for each of its parts of a batch, until they do not fit.
 
     Yields:
       What `plan` returns, one after the other.
     """
+    if topology.split(":")[0] not in CHIPS:
+        raise ValueError(f"{topology}: a sweep needs a memory to fill: expected one of {', '.join(CHIPS)}")
     chips = len(described(topology))
     for mesh in meshes:
-        objects = mesh.rows(chips)
-        while True:
+        objects, fits = mesh.rows(chips), True
+        while fits:
             config = dataclasses.replace(experiment.stages[stage], batch=objects, accumulation=1)
-            tried = dataclasses.replace(experiment, mesh=mesh, **{stage: config})
-            yield (found := plan(tried, stage, topology, inputs=inputs))
-            if not found["fits"] or "model" not in found:
-                break
-            objects *= 2
+            tried = dataclasses.replace(experiment, **{stage: config})
+            yield (found := plan(tried, stage, topology, mesh, inputs=inputs))
+            objects, fits = 2 * objects, found["fits"]
 
 
 def versions() -> dict[str, str]:

@@ -88,7 +88,7 @@ class Collective:
         """Bytes that each device sends, all times together, by the rings that need the fewest."""
         n = max(len(self.group), 1)
         share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
-        return self.times * self.size * share.get(self.kind, (n - 1) / n)
+        return float(self.times * self.size * share.get(self.kind, (n - 1) / n))
 
     def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...]:
         """Axes of the mesh along which the group lies."""

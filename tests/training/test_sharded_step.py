@@ -34,7 +34,7 @@ networks = {
     for part in ("proposal", "reconstruction")
 }
 experiment = replace(experiment, model=replace(experiment.model, **networks), **{name: stage})
-trainer = replace(make_trainer(experiment, name, data.parent, build(experiment.data, data)), start=dict)
+trainer = replace(make_trainer(experiment, name, data.parent, build(experiment.data, data)), start=lambda target: {})
 read = loop.with_inputs(next(iter(trainer.batches(0))), (0, 1))
 lpips = Lpips(rngs=nnx.Rngs(0), precision=experiment.precision) if name == "reconstruction" else None
 moved = re.compile(r"= ([^=]*) (?:all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\\(")
