@@ -53,10 +53,10 @@ def train(arguments: Arguments, program: str) -> int | None:
     watch = parser.add_argument_group("watching, which changes no number")
     watch.add_argument("--profile", type=_steps, metavar="START:STOP", help="write a profiler trace of these steps")
     watch.add_argument(
-        "--hang-seconds", type=float, default=1800, help="without a step for so long, dump all stacks (1800)"
+        "--hang-seconds", type=float, default=1800.0, help="without a step for so long, dump all stacks (1800)"
     )
     watch.add_argument("--hang-exit", action="store_true", help="and end then, with code 70")
-    watch.add_argument("--save-seconds", type=float, default=300, help="time to save after SIGTERM (300)")
+    watch.add_argument("--save-seconds", type=float, default=300.0, help="time to save after SIGTERM (300)")
     if not any(a.startswith("--config") for a in arguments) and {"-h", "--help"} & set(arguments):
         parser.print_help()
         return

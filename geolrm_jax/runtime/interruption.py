@@ -69,11 +69,13 @@ class Preemption:
             self._before = signal.signal(signal.SIGTERM, self._notice)
         return self
 
-    def __exit__(self, *error) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+    def __exit__(self, kind: type | None, *error) -> None:
         if self._timer:
             self._timer.cancel()
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            if self._told and kind is None:  # it came behind the last question
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def due(self) -> bool:
         """Whether to save and stop now: the same answer on all processes, which all ask once behind every step."""

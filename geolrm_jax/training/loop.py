@@ -68,10 +68,12 @@ class StageConfig:
     """Times that the rasterizer's capacity may double before the run stops."""
 
     def __post_init__(self):
-        positive = ("steps", "batch", "accumulation", "views", "log_every")
+        positive = ("steps", "batch", "accumulation", "views", "log_every", "max_skipped")
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_skipped > self.guard.window:
+            raise ValueError(f"max_skipped {self.max_skipped} must not exceed guard.window {self.guard.window}")
         if self.batch % self.accumulation:
             raise ValueError(f"batch {self.batch} must be a multiple of accumulation {self.accumulation}")
         if self.view_rule == "released" and self.views < RING_VIEWS:
@@ -232,7 +234,7 @@ def train_in_order(
             watchdog.beat(done)
             if save:
                 checkpoints.save(done, state, batches, monitor.since_save())
-            if stop and done < stage.steps:
+            if stop:
                 checkpoints.wait()
                 raise Preempted(f"{trainer.name}: told to stop; saved at step {done} of {stage.steps}")
 

@@ -131,7 +131,24 @@ def test_a_save_that_takes_too_long_is_given_up(monkeypatch, capsys):
         os.kill(os.getpid(), interruption.signal.SIGTERM)
         assert preemption.due()
         time.sleep(1.0)
+        preemption._told = None  # or it is passed on
     assert ended == [interruption.PREEMPTED] and "not saved within 0.1 seconds" in capsys.readouterr().err
+
+
+def test_a_notice_that_nobody_asked_for_is_passed_on():
+    got = []
+    before = interruption.signal.signal(interruption.signal.SIGTERM, lambda *_: got.append("outside"))
+    with Preemption(save_seconds=60.0):
+        os.kill(os.getpid(), interruption.signal.SIGTERM)
+        time.sleep(0.01)
+        assert not got
+    assert got == ["outside"]
+    with pytest.raises(interruption.Preempted), Preemption(save_seconds=60.0) as preemption:
+        os.kill(os.getpid(), interruption.signal.SIGTERM)
+        if preemption.due():
+            raise interruption.Preempted
+    assert got == ["outside"]
+    interruption.signal.signal(interruption.signal.SIGTERM, before)
 
 
 def test_a_trace_of_some_steps_is_written(tmp_path):
