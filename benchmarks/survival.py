@@ -32,7 +32,8 @@ from geolrm_jax.runtime.logging import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "tests" / "configs" / "tiny_proposal.py"
-FEW_STEPS = 8  # a round lives for at most so many
+FEW_STEPS = 8  # a round lives for about so many at most
+PATIENCE = 60  # seconds, beside the heartbeat's, that a process may take to end when another has died
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,52 +104,82 @@ def differing(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> li
     return [name for name in first if first[name].tobytes() != second[name].tobytes()]
 
 
-def play_round(setup: Setup, workdir: Path, draw: random.Random, start_seconds: float) -> dict:
-    """Starts, kills one, waits for the others; what happened.
+def wait_for_moment(running: list[subprocess.Popen], workdir: Path, draw: random.Random, start_seconds: float) -> dict:
+    """Returns at a random moment: one in four in the start of the program, the others behind a random step.
 
     Args:
-      start_seconds: about how long a start takes until its first step.
+      running: the processes; where one ends by itself, this returns too.
+      workdir: theirs.
+      draw: random numbers.
+      start_seconds: about how long it takes from the start to the first step.
+
+    Returns:
+      `in`, "start" or "steps"; `resumed_at`, the newest checkpoint; `seconds_to_first_step`, None if there was none.
     """
-    before, begun, running = newest(workdir), time.monotonic(), setup.start(workdir)
-    victim = draw.randrange(setup.processes)
-    live_for = None if draw.random() < 0.25 else draw.randrange(FEW_STEPS)
-    logged, first_step = steps_logged(workdir), None
-    moment = draw.uniform(0, start_seconds)
+    before, logged, begun = newest(workdir), steps_logged(workdir), time.monotonic()
+    in_start, steps = draw.random() < 0.25, draw.randrange(FEW_STEPS)
+    moment, first_step = draw.uniform(0, start_seconds), None
     while all(process.poll() is None for process in running):
         now, waited = steps_logged(workdir), time.monotonic() - begun
-        if now > before and now != logged and first_step is None:
+        if first_step is None and now > before and now != logged:  # the log still has what the kill before cut off
             first_step = waited
-        if (live_for is None and waited > moment) or (live_for is not None and first_step and now > before + live_for):
+        if waited > moment if in_start else first_step is not None and now > before + steps:
             time.sleep(draw.uniform(0, 0.2))
             break
-        time.sleep(0.01)
-    killed = running[victim].poll() is None
+        time.sleep(0.02)
+    return {"in": "start" if in_start else "steps", "resumed_at": before, "seconds_to_first_step": first_step}
+
+
+def play_round(setup: Setup, workdir: Path, draw: random.Random, start_seconds: float) -> dict:
+    """Starts all, kills one, waits for the others; what happened, `wait_for_moment`'s words included."""
+    running, victim = setup.start(workdir), draw.randrange(setup.processes)
+    happened = wait_for_moment(running, workdir, draw, start_seconds)
+    happened |= {"victim": victim, "killed": running[victim].poll() is None, "logged": steps_logged(workdir)}
     running[victim].kill()
-    killed_at = time.monotonic()
-    patience = killed_at + 60 + 4 * setup.heartbeat
+    killed_at, ended = time.monotonic(), []
     for process in running:
         try:
-            process.wait(timeout=max(1.0, patience - time.monotonic()))
+            process.wait(timeout=max(1.0, killed_at + PATIENCE + 4 * setup.heartbeat - time.monotonic()))
+            ended.append(True)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    return {
-        "victim": victim,
-        "killed": killed,
-        "in": "start" if live_for is None else "steps",
-        "resumed_at": before,
-        "logged": steps_logged(workdir),
-        "seconds_to_first_step": first_step,
-        "seconds_until_others_ended": round(time.monotonic() - killed_at, 1),
-        "codes": [process.returncode for process in running],
-        "ended_by_themselves": all(
-            code != -9 for i, code in enumerate(process.returncode for process in running) if i != victim
-        ),
-    }
+            ended.append(False)
+    happened["seconds_until_others_ended"] = round(time.monotonic() - killed_at, 1)
+    return happened | {"codes": [process.returncode for process in running], "others_ended_by_themselves": all(ended)}
+
+
+def bring_to_end(setup: Setup, workdir: Path, expected: dict[str, np.ndarray]) -> dict:
+    """Runs without a kill, compares, clears the work directory; exit codes and what differs."""
+    codes = setup.finish(workdir)
+    if any(codes):
+        print(Path(f"{workdir}.0.log").read_text()[-3000:])
+    different = ["everything: the run failed"] if any(codes) else differing(expected, arrays(workdir, setup.steps))
+    shutil.rmtree(workdir)
+    return {"codes": codes, "differing": different}
+
+
+def play(setup: Setup, count: int, seed: int) -> dict:
+    """An uninterrupted run, then so many rounds and what comes of them."""
+    calm, torn, draw = setup.folder / "calm", setup.folder / "torn", random.Random(seed)
+    begun = time.monotonic()
+    if any(setup.finish(calm)):
+        raise SystemExit(Path(f"{calm}.0.log").read_text())
+    start_seconds = (time.monotonic() - begun) / 2
+    expected, rounds, ends = arrays(calm, setup.steps), [], []
+    while len(rounds) < count:
+        happened = play_round(setup, torn, draw, start_seconds)
+        print(len(rounds) + 1, json.dumps(happened), flush=True)
+        start_seconds = happened["seconds_to_first_step"] or start_seconds
+        rounds += [happened] if happened["killed"] else []
+        if newest(torn) == setup.steps or len(rounds) == count:
+            ends.append({"after_round": len(rounds), **bring_to_end(setup, torn, expected)})
+            print(json.dumps(ends[-1]), flush=True)
+    return {"rounds": rounds, "ends": ends, "arrays": len(expected)}
 
 
 def main() -> int:
-    """Parses, kills, compares, writes; the exit code is 1 if a run did not resume or ended otherwise."""
+    """Parses, plays, writes; the exit code is 1 if a run did not resume, ended otherwise, or hung."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
@@ -158,51 +189,22 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     known = parser.parse_args()
-    draw, rounds, ends = random.Random(known.seed), [], []
     with tempfile.TemporaryDirectory() as folder:
         setup = Setup(known.processes, known.steps, known.every, known.heartbeat, Path(folder))
-        calm, torn = Path(folder) / "calm", Path(folder) / "torn"
-        begun = time.monotonic()
-        codes = setup.finish(calm)
-        if any(codes):
-            print(Path(f"{calm}.0.log").read_text())
-            return 1
-        expected, start_seconds = arrays(calm, known.steps), (time.monotonic() - begun) / 2
-        while len(rounds) < known.rounds:
-            happened = play_round(setup, torn, draw, start_seconds)
-            print(len(rounds) + 1, json.dumps(happened), flush=True)
-            start_seconds = happened["seconds_to_first_step"] or start_seconds
-            if happened["killed"]:
-                rounds.append(happened)
-            if newest(torn) == known.steps or len(rounds) == known.rounds:
-                codes = setup.finish(torn)
-                different = ["a run that failed"] if any(codes) else differing(expected, arrays(torn, known.steps))
-                ends.append({"after_round": len(rounds), "codes": codes, "differing": different})
-                print(json.dumps(ends[-1]), flush=True)
-                if any(codes):
-                    print(Path(f"{torn}.0.log").read_text()[-3000:])
-                shutil.rmtree(torn)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "processes": known.processes,
-        "steps": known.steps,
-        "checkpoint_every": known.every,
-        "heartbeat_seconds": known.heartbeat,
-        "jax": jax.__version__,
-        "rounds": rounds,
-        "ends": ends,
-        "arrays": len(expected),
-    }
+        result = play(setup, known.rounds, known.seed)
+    about = {name: getattr(known, name) for name in ("processes", "steps", "every", "heartbeat", "seed")}
+    result = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, **about, **result}
     if known.json:
         known.json.write_text(json.dumps(result, indent=2) + "\n")
-    waited = [played["seconds_until_others_ended"] for played in rounds]
-    good = not any(end["differing"] for end in ends) and all(played["ended_by_themselves"] for played in rounds)
+    rounds, ends = result["rounds"], result["ends"]
+    good = not any(end["differing"] for end in ends)
+    hung = sum(not happened["others_ended_by_themselves"] for happened in rounds)
+    longest = max(happened["seconds_until_others_ended"] for happened in rounds)
     print(
-        f"{len(rounds)} kills, {len(ends)} runs brought to their end, "
-        f"{'all' if good else 'NOT all'} bit-equal in {len(expected)} arrays; "
-        f"the others ended within {max(waited):.1f} s"
+        f"{len(rounds)} kills, {len(ends)} runs brought to their end, {'all' if good else 'NOT all'} bit-equal in "
+        f"{result['arrays']} arrays; the others ended within {longest:.1f} s, {hung} hung"
     )
-    return 0 if good else 1
+    return 0 if good and not hung else 1
 
 
 if __name__ == "__main__":
