@@ -111,8 +111,33 @@ def evaluate(arguments: Arguments, program: str) -> None:
     parser.add_argument("--objects", type=int, help="evaluate the first N objects only")
     parser.add_argument("--lpips", metavar="FILE", help="weights of LPIPS; see `geolrm weights lpips` (the config's)")
     parser.add_argument("--out", type=Path, help="folder of the report (WORKDIR/eval/STEP)")
+    group = parser.add_argument_group("beside a training")
+    group.add_argument("--follow", action="store_true", help="evaluate each checkpoint as it appears, to the last step")
+    group.add_argument(
+        "--metric",
+        default="psnr",
+        choices=("psnr", "ssim", "lpips", "chamfer"),
+        help="what eval/best.json is about (psnr)",
+    )
+    group.add_argument(
+        "--idle-timeout",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="end with an error when no new checkpoint has come for so long (never)",
+    )
     _add_cluster_options(parser)
     known = parser.parse_args(arguments)
+    if known.follow:
+        if known.step != "latest" or known.out:
+            parser.error("--follow evaluates every step into WORKDIR/eval/STEP: it goes with neither --step nor --out")
+        from geolrm_jax.following import FollowConfig, follow
+
+        watched = FollowConfig(
+            known.metric, known.idle_timeout, data=known.data, objects=known.objects, lpips_weights=known.lpips
+        )
+        follow(known.workdir, watched)
+        return
 
     from geolrm_jax import recipe
     from geolrm_jax.runtime import distributed

@@ -42,3 +42,19 @@ def real_renders() -> Path:
 def rng() -> np.random.Generator:
     """Seeded random numbers."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> str:
+    """The smallest config that goes down the whole road."""
+    return str(ROOT / "tests" / "configs" / "tiny.py")
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory) -> Path:
+    """Its work directory, trained and evaluated; tests may add reports."""
+    from geolrm_jax import cli
+
+    workdir = tmp_path_factory.mktemp("road") / "work"
+    assert cli.main(["train", "--config", tiny, "--workdir", str(workdir)]) == 0
+    return workdir

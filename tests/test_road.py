@@ -17,18 +17,6 @@ from geolrm_jax.export.ply import read_ply
 from geolrm_jax.runtime.logging import read_metrics
 
 
-@pytest.fixture(scope="module")
-def tiny(request) -> str:
-    return str(request.config.rootpath / "tests" / "configs" / "tiny.py")
-
-
-@pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("road") / "work"
-    assert cli.main(["train", "--config", tiny, "--workdir", str(workdir)]) == 0
-    return workdir
-
-
 def fails(arguments, *patterns, capsys):
     """The command ends with code 1 and one line that holds all the patterns."""
     capsys.readouterr()
