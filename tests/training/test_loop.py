@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from geolrm_jax.config import load_config
+from geolrm_jax.models.geolrm import with_remat
 from geolrm_jax.runtime import hardware, logging
+from geolrm_jax.runtime.cost import count
 from geolrm_jax.runtime.logging import read_metrics
 from geolrm_jax.runtime.sharding import MeshConfig, batch_sharding
 from geolrm_jax.scene import Batch, Cameras, Views
@@ -81,6 +83,26 @@ def test_a_line_says_where_the_time_goes(stage, tmp_path, monkeypatch):
     assert line["samples_per_second"] == pytest.approx(stage.batch / line["seconds_per_step"])
     assert line["mfu"] == pytest.approx(1e9 / line["seconds_per_step"] / 1e12)  # one device
     assert line["damaged_records"] == 1 and line["host_memory"] > 1e7 and "flops" not in line
+
+
+@pytest.mark.slow
+def test_operations_for_mfu_leave_out_what_rematerialisation_does_twice(tiny, tmp_path):
+    def views(number, size):
+        cameras = Cameras(jnp.zeros((2, number, 4, 4)), jnp.zeros((2, number, 3, 3)), size, size)
+        image = jnp.zeros((2, number, size, size))
+        return Views(cameras, jnp.zeros((*image.shape, 3)), image, image, jnp.ones((2, number), bool))
+
+    grid = jnp.zeros((2, 8, 8, 8), bool)
+    batch = jax.eval_shape(lambda: Batch(views(2, 28), views(3, 28), grid, jnp.zeros(2, jnp.int32)))
+    counted, whole = [], []
+    for remat in (True, False):
+        model = with_remat(tiny.model, remat)
+        trainer = loop.Trainer("proposal", tiny.proposal, model, tiny.precision, tiny.mesh, 0, tmp_path, iter)
+        prepared = loop.prepare(trainer)
+        counted.append(prepared.flops(tiny.proposal.objective, batch))
+        step = prepared.build(tiny.proposal.objective)
+        whole.append(count(step, prepared.abstract_state, prepared.constants, batch).total)
+    assert counted[0] == counted[1] == whole[1] < whole[0]
 
 
 def test_capacity_doubles_once_for_steps_in_flight_and_is_remembered(stage, tmp_path):
