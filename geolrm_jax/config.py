@@ -177,11 +177,16 @@ def from_tree(tree: Any) -> Any:
     try:
         return getattr(importlib.import_module(module), name)(**fields)
     except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"cannot rebuild {tree['type']} from a stored config: {error}") from error
+        raise ValueError(
+            f"cannot rebuild {tree['type']} from a stored config: {error}; a class that a config names must be in a "
+            "module that can be imported, not in the config file itself"
+        ) from error
 
 
 def check_workdir(experiment: Experiment, workdir: Path) -> None:
-    """Raises a ValueError that names what differs if the folder belongs to another config."""
+    """Raises a ValueError if the folder belongs to another config, naming what differs, or if this one is not to be
+    rebuilt from JSON: better before the training than after."""
+    from_tree(to_tree(experiment))
     if (workdir / "config.json").exists():
         differences = _differences(to_tree(read_config(workdir)), to_tree(experiment))
         if differences:

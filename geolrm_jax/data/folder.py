@@ -18,6 +18,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from geolrm_jax.data.record import PosedImages, check_camera, check_views
+from geolrm_jax.data.source import Source
 from geolrm_jax.scene import Cameras
 
 CAMPOS = "campos_512_v4"
@@ -32,7 +33,7 @@ _SKY = 6e4  # a half float ends at 65504
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderSource:
+class FolderSource(Source):
     """Objects in the GObjaverse layout."""
 
     root: str

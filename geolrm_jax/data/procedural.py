@@ -1,6 +1,7 @@
 """The procedural source: objects from integers, rendered on whatever device there is. Nothing is downloaded."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from geolrm_jax.data.procedural_shapes import Distribution, random_object
 from geolrm_jax.data.record import PosedImages
 from geolrm_jax.data.sdf import Shapes
+from geolrm_jax.data.source import Source
 from geolrm_jax.data.sphere_tracing import render
 from geolrm_jax.geometry.cameras import gobjaverse_rig
 from geolrm_jax.scene import Cameras
@@ -19,7 +21,7 @@ OBJECT, OBJECT_OF_UNSEEN_FAMILY = 2, 5
 
 
 @dataclasses.dataclass(frozen=True)
-class ProceduralSource:
+class ProceduralSource(Source):
     """Signed-distance objects with procedural textures, rendered by sphere tracing."""
 
     train_objects: int = 200
@@ -41,6 +43,8 @@ class ProceduralSource:
     """Field of view in degrees."""
     distribution: Distribution = Distribution()
     """What objects are made of."""
+
+    on_accelerator: ClassVar = True
 
     def count(self, split: str) -> int:
         """Objects of a split."""

@@ -9,13 +9,14 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float32
 
 from geolrm_jax.data.folder import check_name, read_image
 from geolrm_jax.data.record import PosedImages, check_camera, check_views
+from geolrm_jax.data.source import Source
 from geolrm_jax.geometry.cameras import from_opengl
 from geolrm_jax.scene import Cameras
 
@@ -23,7 +24,7 @@ TRANSFORMS_FILE = "transforms.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformsSource:
+class TransformsSource(Source):
     """Objects as folders with a `transforms.json` each: ROOT/lego/transforms.json, or ROOT/transforms.json alone."""
 
     root: str
@@ -36,6 +37,8 @@ class TransformsSource:
     """Cube sides per length of the files: the object must fit [-0.5, 0.5]^3. NeRF-synthetic needs about 0.3."""
     min_views: int = 1
     """Objects with fewer views are refused."""
+
+    occupancy_from: ClassVar = "silhouettes"
 
     def ids(self, split: str) -> list[str]:
         """Names of the objects of a split; ValueError where one that was asked for is not there."""

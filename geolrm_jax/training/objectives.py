@@ -22,7 +22,7 @@ from geolrm_jax.precision import Precision
 from geolrm_jax.rendering import rasterize_sharded
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.sharding import ROWS, VIEWS
-from geolrm_jax.scene import Batch, Views
+from geolrm_jax.scene import Batch, Gaussians, Rendering, Views
 from geolrm_jax.weights.lpips import load_lpips
 
 Losses = Mapping[str, Array]
@@ -159,6 +159,34 @@ class ReconstructionObjective(Objective):
             capacity=int(self.pairs_per_gaussian * gaussians.means.shape[1] * targets.valid.size),
         )
 
+        losses = self.terms(gaussians, rendered, targets, pictures, constants)
+        mse = jax.lax.stop_gradient(mean_over_views((rendered.rgb - pictures) ** 2, targets.valid))
+        metrics = {
+            "psnr": -10.0 * jnp.log10(mse),
+            "anchors": jnp.mean(jnp.minimum(occupied, self.max_anchors), dtype=jnp.float32),
+            "anchors_dropped": jnp.mean(jnp.maximum(occupied - self.max_anchors, 0), dtype=jnp.float32),
+            "overflow": rendered.overflow,
+            "invalid_gaussians": rendered.invalid,
+        }
+        return losses, metrics
+
+    def terms(
+        self,
+        gaussians: Gaussians,
+        rendered: Rendering,
+        targets: Views,
+        pictures: Float[Array, "b v h w 3"],
+        constants: Any,
+    ) -> Losses:
+        """The weighted losses by name; a fork adds its own.
+
+        Args:
+          gaussians: (B, G).
+          rendered: they, seen by the targets' cameras.
+          targets: (B, V).
+          pictures: the targets over the background of the renders.
+          constants: LPIPS, if it is on.
+        """
         counted = targets.depth > 0 if self.depth_pixels == "measured" else targets.alpha > 0
         measured = counted & targets.valid[..., None, None]
         losses = {
@@ -170,15 +198,7 @@ class ReconstructionObjective(Objective):
         }
         if constants is not None:
             losses["lpips"] = self.lpips * constants.between(rendered.rgb, pictures, targets.valid)
-        mse = jax.lax.stop_gradient(mean_over_views((rendered.rgb - pictures) ** 2, targets.valid))
-        metrics = {
-            "psnr": -10.0 * jnp.log10(mse),
-            "anchors": jnp.mean(jnp.minimum(occupied, self.max_anchors), dtype=jnp.float32),
-            "anchors_dropped": jnp.mean(jnp.maximum(occupied - self.max_anchors, 0), dtype=jnp.float32),
-            "overflow": rendered.overflow,
-            "invalid_gaussians": rendered.invalid,
-        }
-        return losses, metrics
+        return losses
 
     def draw_background(self, targets: Views, key: Key[Array, ""]) -> Float[Array, "b v 3"]:
         """Uniform colours, the same in all views of a scene."""

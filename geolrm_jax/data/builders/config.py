@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from geolrm_jax.data.builders.layout import CONFIG_FILE
-from geolrm_jax.data.folder import FolderSource
 from geolrm_jax.data.procedural import ProceduralSource
 from geolrm_jax.data.record import FORMAT_VERSION, Encoding
-from geolrm_jax.data.transforms import TransformsSource
+from geolrm_jax.data.source import Source
 from geolrm_jax.geometry.voxels import Rounding
 
 _SOURCE_PATHS = ("root", "index", "captions")
@@ -20,7 +19,7 @@ _SOURCE_PATHS = ("root", "index", "captions")
 class DataConfig:
     """A data set: where its objects come from and how they are stored."""
 
-    source: ProceduralSource | FolderSource | TransformsSource = ProceduralSource()
+    source: Source = ProceduralSource()
     """Where objects come from."""
     occupancy_grid: int = 64
     """Voxels a side of the ground-truth occupancy; the proposal network's fine grid."""

@@ -18,8 +18,6 @@ from geolrm_jax.data.builders.config import DataConfig, check_same, read_config,
 from geolrm_jax.data.builders.layout import CONFIG_FILE, KINDS, MANIFEST_FILE, REJECTED_FILE, SPLITS, write_metadata
 from geolrm_jax.data.builders.shards import MARKERS, Shard, make_record, split_into_shards, write_shard
 from geolrm_jax.data.builders.workers import cores, run_tasks
-from geolrm_jax.data.folder import FolderSource
-from geolrm_jax.data.procedural import ProceduralSource
 from geolrm_jax.data.record import FORMAT_VERSION
 from geolrm_jax.export.files import written_whole
 
@@ -146,7 +144,7 @@ def _plan(
         for id, count in Counter(names).items()
         if count > 1
     ]
-    left_out = config.source.left_out() if isinstance(config.source, FolderSource) else {}
+    left_out = config.source.left_out()
     plan = {
         "config": content,
         "objects_per_shard": {
@@ -186,7 +184,7 @@ def _write_shards(
         write_shard,
         [(config, unfinished, shard) for shard in missing],
         workers=min(processes, len(missing) or 1),
-        threads=isinstance(config.source, ProceduralSource),
+        threads=config.source.on_accelerator,
         done=done,
     )
     by_name = {(shard.split, shard.number): shard for shard in missing}

@@ -16,7 +16,6 @@ from geolrm_jax.data.builders.config import DataConfig
 from geolrm_jax.data.builders.layout import KINDS, serialize_object, serialize_view, shard_file
 from geolrm_jax.data.occupancy import drop_edges, occupancy_from_depth, occupancy_from_silhouettes
 from geolrm_jax.data.record import Encoding, Record, check_views
-from geolrm_jax.data.transforms import TransformsSource
 from geolrm_jax.export.files import written_whole
 
 MARKERS = "shards"
@@ -53,7 +52,7 @@ def make_record(config: DataConfig, split: str, id: str) -> Record:
     """
     views = check_views(config.source.read(split, id), id)
     grid, rounding = config.occupancy_grid, config.occupancy_rounding
-    made_from = "silhouettes" if isinstance(config.source, TransformsSource) else "depth"
+    made_from = config.source.occupancy_from
     if made_from == "depth":
         check_agreement(views, id)
         occupancy = occupancy_from_depth(drop_edges(views.depth, views.cameras), views.cameras, grid, rounding)
