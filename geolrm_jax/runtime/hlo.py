@@ -109,8 +109,16 @@ class Program:
     entry: str
 
     def collectives(self) -> list[Collective]:
-        """All exchanges, each with how often it is done."""
-        return [_collective(self, place, i, times) for place, i, times in self._walk(self.entry, 1) if _kind(i)]
+        """All exchanges, each with how often it is done.
+
+        One that a TPU does in the background of others stands in several of their fusions, from its start to its end.
+        """
+        found: dict[tuple, Collective] = {}
+        for place, i, times in self._walk(self.entry, 1):
+            if _kind(i):
+                channel, exchange = re.search(r"channel_id=\d+", i.rest), _collective(self, place, i, times)
+                found.setdefault((channel[0] if channel else i.name, exchange), exchange)
+        return list(found.values())
 
     def memory_traffic(self) -> int:
         """Bytes read from and written to the device's memory: what instructions take and give, fused ones as one.
@@ -209,9 +217,8 @@ def _collective(program: Program, place: str, i: Instruction, times: int) -> Col
     # Of what lies on the chip the bytes count as well: they travel all the same.
     given = [s.text for name in i.operands if name in scope for s in scope[name].shapes]
     size = sum(_bytes(*re.fullmatch(r"(\w+)\[([\d,]*)\]", text).groups()) for text in given)
-    scattered = any(other.opcode == "dynamic-slice" and i.name in other.operands for other in scope.values())
-    if kind == "all-reduce" and scattered and place != program.entry and "fus" in place:
-        kind = "reduce-scatter"  # each device keeps its part of the sum only: one instruction on a TPU
+    if kind == "all-reduce" and place.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # a TPU's fusion, in which each device keeps its part of the sum
     return Collective(kind, " ".join(given), size, _group(i), times, _source(i))
 
 

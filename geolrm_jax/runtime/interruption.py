@@ -62,7 +62,7 @@ class Preemption:
 
     def __init__(self, save_seconds: float):
         self.save_seconds = save_seconds
-        self._told = self._before = self._timer = None
+        self._told, self._before, self._timer = False, None, None
 
     def __enter__(self) -> "Preemption":
         if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
@@ -80,13 +80,10 @@ class Preemption:
     def due(self) -> bool:
         """Whether to save and stop now: the same answer on all processes, which all ask once behind every step."""
         Preemption._calls += 1
-        if jax.distributed.is_initialized():
-            told = multihost_utils.reached_preemption_sync_point(Preemption._calls)
-        else:
-            told = bool(self._told)
-        if told:
+        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(Preemption._calls):
+            self._told = True  # JAX says so once; a stage that goes back at this very step asks again
             self._start_timer()
-        return told
+        return self._told
 
     def _notice(self, number: int, frame: object) -> None:
         self._told = True

@@ -131,7 +131,7 @@ def test_a_save_that_takes_too_long_is_given_up(monkeypatch, capsys):
         os.kill(os.getpid(), interruption.signal.SIGTERM)
         assert preemption.due()
         time.sleep(1.0)
-        preemption._told = None  # or it is passed on
+        preemption._told = False  # or it is passed on
     assert ended == [interruption.PREEMPTED] and "not saved within 0.1 seconds" in capsys.readouterr().err
 
 

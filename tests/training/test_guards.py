@@ -201,6 +201,22 @@ def test_orders_differ_and_a_restart_keeps_its_order():
     assert later.order == 3 and later.get_state()["position"] == 1
 
 
+def test_a_notice_at_the_step_that_rolls_back_is_heeded_behind_the_next(make_trainer, monkeypatch):
+    trainer = make_trainer(lambda order, position: NAN if order == 0 and position >= 9 else 1.0)
+    due, asked = Preemption.due, []
+
+    def signalled(self):
+        asked.append(None)
+        if len(asked) == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return due(self)
+
+    monkeypatch.setattr(Preemption, "due", signalled)
+    with pytest.raises(Preempted, match="saved at step 11 of 20"):
+        loop.train(trainer)
+    assert taken(trainer) == (11, [9, 1, 0, 0])
+
+
 def test_sigterm_saves_at_once_and_a_second_run_goes_on(make_trainer, monkeypatch):
     trainer = make_trainer(lambda order, position: 1.0 + position, every=10)
     due, calls = Preemption.due, []
