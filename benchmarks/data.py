@@ -18,6 +18,7 @@ import resource
 import shutil
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import measuring
@@ -199,7 +200,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="an empty folder for the sets, or that of another time")
     parser.add_argument("--out", type=Path, help="also written there")
     arguments = parser.parse_args()
-    result = measuring.environment(os.cpu_count(), "grain", "array-record", "tensorflow-datasets", "pillow")
+    result = measuring.environment(os.cpu_count(), "grain", "array_record", "tensorflow_datasets")
+    result["versions"]["pillow"] = version("pillow")
     with tempfile.TemporaryDirectory() as temporary:
         root = arguments.folder or Path(temporary)
         calls = {
