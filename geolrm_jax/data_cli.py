@@ -88,6 +88,13 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
     job = kinds.add_parser("procedural", parents=[common], help="objects by seed alone, rendered on this machine")
     job.add_argument("--objects", type=int, default=200, metavar="N", help="to train on (200)")
     job.add_argument("--test-objects", type=int, default=16, metavar="N", help="kept for evaluation (16)")
+    job.add_argument(
+        "--unseen-family-objects",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a third, harder split: with primitives of a family that no other object has (0)",
+    )
     job.add_argument("--size", type=int, default=128, metavar="N", help="side of the pictures (128)")
     job.add_argument("--seed", type=int, default=0, metavar="N", help="of the objects (0)")
     return parser
@@ -120,7 +127,11 @@ def _procedural(known: argparse.Namespace):
     from geolrm_jax.data.procedural import ProceduralSource
 
     return ProceduralSource(
-        train_objects=known.objects, test_objects=known.test_objects, size=known.size, seed=known.seed
+        train_objects=known.objects,
+        test_objects=known.test_objects,
+        unseen_family_objects=known.unseen_family_objects,
+        size=known.size,
+        seed=known.seed,
     )
 
 

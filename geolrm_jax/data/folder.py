@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import numpy as np
 import OpenEXR
@@ -51,6 +52,8 @@ class FolderSource:
     """JSON object from names to captions: training objects whose caption has "box" or "cube" in it are left out."""
     min_views: int = 1
     """Objects with fewer stored views are refused."""
+
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
 
     def ids(self, split: str) -> list[str]:
         """Names of the objects of a split; ValueError where one that was asked for is not there."""

@@ -160,7 +160,7 @@ def _decode(data: bytes, dtype: str, shape: tuple[int, ...], encoding: str) -> n
         return np.asarray(image, dtype).reshape(shape)
 
 
-def _quantize(depth: Float32[np.ndarray, "h w"]) -> tuple[UInt16[np.ndarray, "h w"], tuple[float, float]]:
+def quantize_depth(depth: Float32[np.ndarray, "h w"]) -> tuple[UInt16[np.ndarray, "h w"], tuple[float, float]]:
     """Depth as steps, 0 where missing, with its (near, far)."""
     present = depth > 0.0
     if not present.any():
@@ -237,7 +237,7 @@ class Record:
         check_views(views, id)
         stored, limits = [], []
         for view, image, depth in zip(views.view_ids.tolist(), views.rgba, views.depth, strict=True):
-            steps, near_far = _quantize(depth)
+            steps, near_far = quantize_depth(depth)
             stored.append(StoredView(id, view, _encode(image, encoding), _encode(steps, encoding)))
             limits.append(near_far)
         return cls(

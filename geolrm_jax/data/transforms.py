@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float32
@@ -36,6 +36,8 @@ class TransformsSource:
     """Cube sides per length of the files: the object must fit [-0.5, 0.5]^3. NeRF-synthetic needs about 0.3."""
     min_views: int = 1
     """Objects with fewer views are refused."""
+
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
 
     def ids(self, split: str) -> list[str]:
         """Names of the objects of a split; ValueError where one that was asked for is not there."""

@@ -33,7 +33,14 @@ class DataConfig:
     built: bool = False
     """True: `root` holds a finished set, made by `geolrm data build`, and is taken whatever its source and encoding."""
 
+    on_demand: bool = False
+    """True: nothing is built; procedural objects are rendered when they are drawn, on the training accelerator."""
+
     def __post_init__(self):
+        if self.on_demand and not isinstance(self.source, ProceduralSource):
+            raise ValueError(f"data.on_demand renders a ProceduralSource, got {type(self.source).__name__}")
+        if self.on_demand and (self.root or self.built):
+            raise ValueError("data.on_demand builds no set: expected neither data.root nor data.built")
         if self.built and self.root is None:
             raise ValueError("data.built says that data.root holds a finished set: name it")
         if self.occupancy_grid < 2:
@@ -52,7 +59,8 @@ class DataConfig:
 def stored_config(config: DataConfig) -> dict[str, Any]:
     """What decides a set's content, as the JSON that stands beside it."""
     content = dataclasses.asdict(config)
-    del content["root"], content["built"]
+    for name in ("root", "built", "on_demand"):
+        del content[name]
     content["source"] = {"kind": type(config.source).__name__, **content["source"]}
     return json.loads(json.dumps({"format_version": FORMAT_VERSION, **content}))
 

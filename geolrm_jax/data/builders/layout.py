@@ -25,7 +25,6 @@ from geolrm_jax.data.record import FORMAT_VERSION, Record, StoredView
 CONFIG_FILE, MANIFEST_FILE, REJECTED_FILE = "data_config.json", "manifest.json", "rejected.jsonl"
 VERSION = f"{FORMAT_VERSION}.0.0"
 KINDS = ("objects", "views")
-SPLITS = ("train", "test")
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from geolrm_jax.data.builders.config import DataConfig, check_same, read_config, stored_config
-from geolrm_jax.data.builders.layout import CONFIG_FILE, KINDS, MANIFEST_FILE, REJECTED_FILE, SPLITS, write_metadata
+from geolrm_jax.data.builders.layout import CONFIG_FILE, KINDS, MANIFEST_FILE, REJECTED_FILE, write_metadata
 from geolrm_jax.data.builders.shards import MARKERS, Shard, make_record, split_into_shards, write_shard
 from geolrm_jax.data.builders.workers import cores, run_tasks
 from geolrm_jax.data.folder import FolderSource
@@ -136,7 +136,7 @@ def _plan(
         for leftover in unfinished.rglob(".*.array_record*"):
             leftover.unlink()
         return plan
-    listed = {split: config.source.ids(split) for split in SPLITS}
+    listed = {split: config.source.ids(split) for split in config.source.splits}
     ids = {split: list(dict.fromkeys(names)) for split, names in listed.items() if names}
     if not ids:
         raise ValueError(f"an empty data set: {config.source} has no objects")
@@ -169,7 +169,8 @@ def _write_shards(
     config: DataConfig, unfinished: Path, shards: list[Shard], advance: Advance, processes: int, max_rejected: float
 ) -> list[dict[str, Any]]:
     """Writes the shards that are not there yet; returns what the markers of all of them say, in order."""
-    totals = Counter({split: sum(len(s.ids) for s in shards if s.split == split) for split in SPLITS})
+    splits = dict.fromkeys(shard.split for shard in shards)
+    totals = Counter({split: sum(len(s.ids) for s in shards if s.split == split) for split in splits})
     markers = {s: json.loads((unfinished / s.marker).read_text()) for s in shards if (unfinished / s.marker).is_file()}
     counts = Counter({split: sum(len(s.ids) for s in markers if s.split == split) for split in totals})
     for split, count in counts.items():
