@@ -46,6 +46,13 @@ class ProceduralSource:
 
     splits: ClassVar[tuple[str, ...]] = ("train", "test", UNSEEN_FAMILY)
 
+    def __post_init__(self):
+        for name in ("train_objects", "test_objects", "unseen_family_objects"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.view_ids or len({*self.view_ids} & {*range(40)}) < len(self.view_ids):
+            raise ValueError(f"view_ids: expected distinct numbers from 0 to 39, got {self.view_ids}")
+
     def count(self, split: str) -> int:
         """Objects of a split."""
         counts = (self.train_objects, self.test_objects, self.unseen_family_objects)

@@ -38,7 +38,7 @@ class Distribution:
     wire: float = 0.15
     """Of one that is none of these: only ribs along its edges, or its lines of latitude and longitude, stay."""
     displaced: float = 0.3
-    """Of one that is no wire: three sine waves move its surface in and out."""
+    """Of one that is no wire: three waves move its surface in and out."""
     lit: float = 0.8
     """Of an object: the light has a random direction, from above, and strength; else all have the same."""
 
@@ -104,7 +104,7 @@ def _light(key: Key[Array, ""], random: Array) -> Float[Array, "4"]:
     return jnp.where(random, drawn, usual)
 
 
-def _draw(key: Key[Array, ""], distribution: Distribution, unseen_family: bool) -> sdf.Shapes:
+def draw_object(key: Key[Array, ""], distribution: Distribution, unseen_family: bool) -> sdf.Shapes:
     """An object at its own scale, not yet fitted into the cube."""
     keys = iter(jax.random.split(key, 32))
     n = MAX_PRIMITIVES
@@ -211,4 +211,4 @@ def random_object(
       distribution: what it is drawn from.
       unseen_family: the first primitive, and about half of the others, are of UNSEEN_FAMILY; else none is.
     """
-    return _fit(_draw(key, distribution, unseen_family))
+    return _fit(draw_object(key, distribution, unseen_family))
