@@ -159,6 +159,7 @@ def draw_object(key: Key[Array, ""], distribution: Distribution, unseen_family: 
         waves=waves,
         light=light,
         radius=jnp.float32(jnp.inf),
+        branching=jax.default_backend() == "cpu",
     )
 
 
@@ -182,7 +183,7 @@ def _bounds(shapes: sdf.Shapes, low: Float[Array, "3"], high: Float[Array, "3"])
 def _fit(shapes: sdf.Shapes) -> sdf.Shapes:
     """The object moved and scaled into the cube: centred, its longest side just below LONGEST_SIDE."""
     centers = -jnp.linalg.solve(shapes.local_from_world, shapes.offset[..., None])[..., 0]
-    reach = 2.5 * shapes.size.max(axis=-1, keepdims=True)
+    reach = 2.5 * shapes.size.max(axis=-1, keepdims=True) + 1.25 * shapes.relief[:, None]
     used = (jnp.arange(MAX_PRIMITIVES) < shapes.count)[:, None]
     low = jnp.where(used, centers - reach, jnp.inf).min(axis=0)
     high = jnp.where(used, centers + reach, -jnp.inf).max(axis=0)

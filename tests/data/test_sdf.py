@@ -203,3 +203,12 @@ def test_colors_are_in_range_and_vary(rng):
     assert colors.min() >= 0 and colors.max() <= 1.0 + 1e-6
     assert colors.std(axis=-1).mean() > 0.03
     assert len({tuple(np.round(c.mean(-1), 3)) for c in colors}) == 6
+
+
+def test_an_accelerator_finds_the_same_without_branches(rng):
+    points = columns(rng.uniform(-0.5, 0.5, (500, 3)).astype(np.float32))
+    both = jax.jit(lambda shapes: (sdf.distance(shapes, points), sdf.color(shapes, points)))
+    for shapes in objects(6, unseen_family=True):
+        assert shapes.branching
+        flat = dataclasses.replace(shapes, branching=False)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), both(shapes), both(flat))
