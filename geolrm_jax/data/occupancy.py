@@ -33,8 +33,9 @@ def _unproject_view(depth: Float[np.ndarray, "h w"], cameras: Cameras, view: int
     row, column = np.nonzero(depth > 0.0)
     z = depth[row, column]
     x, y = (column + 0.5 - k[0, 2]) / k[0, 0], (row + 0.5 - k[1, 2]) / k[1, 1]
-    local = np.stack([x * z, y * z, z], axis=-1).astype(depth.dtype)
-    return local @ pose[:3, :3].T.astype(depth.dtype) + pose[:3, 3].astype(depth.dtype)
+    local, pose = np.stack([x * z, y * z, z]).astype(depth.dtype), pose.astype(depth.dtype)
+    # Not a product by BLAS: it takes all cores for itself, and a set is built by as many processes as there are cores.
+    return np.einsum("ij,jn->in", pose[:3, :3], local).T + pose[:3, 3]
 
 
 def occupancy_from_depth(
@@ -62,10 +63,9 @@ def project_points(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, column, camera z) of world points in one view; row and column are -1 for points outside the picture."""
     pose, k = cameras.world_from_camera[view], cameras.intrinsics[view]
-    local = (points - pose[:3, 3]) @ pose[:3, :3]
-    z = local[:, 2]
+    x, y, z = np.einsum("ji,jn->in", pose[:3, :3], (points - pose[:3, 3]).T)
     safe = np.where(z > 1e-6, z, 1.0)
-    column, row = (np.floor(k[i, i] * local[:, i] / safe + k[i, 2]) for i in (0, 1))
+    column, row = np.floor(k[0, 0] * x / safe + k[0, 2]), np.floor(k[1, 1] * y / safe + k[1, 2])
     inside = (z > 1e-6) & (column >= 0) & (column < cameras.width) & (row >= 0) & (row < cameras.height)
     return np.where(inside, row, -1).astype(int), np.where(inside, column, -1).astype(int), z
 
