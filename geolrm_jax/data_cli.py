@@ -38,17 +38,20 @@ def build(arguments: Arguments, program: str) -> None:
             objects_per_shard=known.objects_per_shard,
         )
     rejected = read_rejected(directory)
-    counts = ", ".join(f"{count:,} {split}" for split, count in count_objects(directory).items())
+    counts = count_objects(directory)
+    reasons = f"{len(rejected)} objects, each with its reason, in {directory / REJECTED_FILE}" if rejected else "none"
+    next_steps = [("check it", f"geolrm data check {directory}")]
+    if counts["train"]:
+        next_steps.append(("train on it", f"geolrm train --config NAME --data.root {directory} --data.built"))
+    if counts["test"]:
+        next_steps.append(("evaluate on it", f"geolrm eval --workdir DIR --data {directory}"))
     logging.summary(
         f"{directory}: complete",
         [
-            ("objects", counts),
-            ("not in the set", f"{len(rejected)} objects, each with its reason, in {directory / REJECTED_FILE}"),
+            ("objects", ", ".join(f"{count:,} {split}" for split, count in counts.items())),
+            ("not in the set", reasons),
         ],
-        [
-            ("check it", f"geolrm data check {directory}"),
-            ("train on it", f"geolrm train --config NAME --data.root {directory} --data.built"),
-        ],
+        next_steps,
     )
 
 
@@ -70,7 +73,7 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
     common.add_argument(
         "--max-rejected", type=float, default=0.1, metavar="SHARE", help="of unsound objects that ends the build (0.1)"
     )
-    common.add_argument("--objects-per-shard", type=int, metavar="N", help="(such that there are 16 to 256 shards)")
+    common.add_argument("--objects-per-shard", type=int, metavar="N", help="at most (such that there are 16 to 512 shards)")
     folders = argparse.ArgumentParser(add_help=False)
     folders.add_argument("--source", type=Path, required=True, metavar="DIR", help="folder of the objects")
     folders.add_argument("--test", metavar="FILE|all", help="objects kept for evaluation: a list, or all (none)")

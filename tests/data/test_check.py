@@ -9,7 +9,7 @@ import pytest
 
 from geolrm_jax import cli
 from geolrm_jax.data.builders.agreement import check_agreement
-from geolrm_jax.data.builders.records import read_config
+from geolrm_jax.data.builders.config import read_config
 from geolrm_jax.data.checking import check, judge
 from geolrm_jax.data.folder import read_views
 from geolrm_jax.data.reader import open_split

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from scipy.ndimage import label
 
-from geolrm_jax.data.builders.records import DataConfig, build
+from geolrm_jax.data.builders.config import DataConfig
+from geolrm_jax.data.builders.records import build
 from geolrm_jax.data.checking import check
 from geolrm_jax.data.reader import open_split
 from geolrm_jax.data.transforms import TransformsSource, read_views

@@ -113,7 +113,8 @@ def read_rejected(directory: Path | str) -> list[dict[str, str]]:
     """The source's objects that are not in a set: {"split", "id", "reason", "kind"} of each."""
     file = Path(directory) / REJECTED_FILE
     try:
-        return [json.loads(line) for line in file.read_text().splitlines()]
+        with file.open() as lines:
+            return [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is damaged or missing: {error}") from error
 
