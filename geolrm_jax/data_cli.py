@@ -73,7 +73,7 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
     common.add_argument(
         "--max-rejected", type=float, default=0.1, metavar="SHARE", help="of unsound objects that ends the build (0.1)"
     )
-    common.add_argument("--objects-per-shard", type=int, metavar="N", help="at most (such that there are 16 to 512 shards)")
+    common.add_argument("--objects-per-shard", type=int, metavar="N", help="at most (for 16 to 512 shards)")
     folders = argparse.ArgumentParser(add_help=False)
     folders.add_argument("--source", type=Path, required=True, metavar="DIR", help="folder of the objects")
     folders.add_argument("--test", metavar="FILE|all", help="objects kept for evaluation: a list, or all (none)")

@@ -72,6 +72,3 @@ def reconstruct_and_count(model: Model, views: Views) -> tuple[Gaussians, Int[Ar
     views = resize_views(views, model.input_size, model.input_size)
     gaussians, logits = reconstruct_batch(model, jax.tree.map(lambda x: jnp.asarray(x)[None], views))
     return jax.tree.map(lambda x: x[0], gaussians), jnp.sum(logits > 0)
-
-
-

@@ -101,7 +101,11 @@ def _check_complete(config: DataConfig, directory: Path) -> None:
     if config.built:
         names = ("occupancy_grid", "occupancy_rounding")
         found, wanted = ({name: content[name] for name in names} for content in (found, wanted))
-    check_same(found, wanted, directory)
+    try:
+        check_same(found, wanted, directory)
+    except ValueError as error:
+        grid = f"--grid {config.occupancy_grid} --rounding {config.occupancy_rounding}"
+        raise ValueError(f"{error}" + (f": build one with {grid}" if config.built else "")) from None
 
 
 @contextlib.contextmanager
