@@ -1,7 +1,7 @@
 """`geolrm data`: sets of objects made, checked and rendered; each job is a function of the table at the end."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from geolrm_jax.data_render_cli import render
@@ -104,15 +104,14 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
 
 
 def _gobjaverse(known: argparse.Namespace):
-    from geolrm_jax.data.folder import FolderSource, find_objects, read_names
+    from geolrm_jax.data.folder import FolderSource
 
     def absolute(path: Path | None) -> str | None:
         return str(path.resolve()) if path else None
 
-    names = (lambda: read_names(known.index)) if known.index else (lambda: find_objects(known.source))
     return FolderSource(
         str(known.source.resolve()),
-        test=_test_objects(known.test, names),
+        test=_test_objects(known.test),
         index=absolute(known.index),
         captions=absolute(known.captions),
         min_views=known.min_views,
@@ -120,9 +119,9 @@ def _gobjaverse(known: argparse.Namespace):
 
 
 def _transforms(known: argparse.Namespace):
-    from geolrm_jax.data.transforms import TransformsSource, find_objects
+    from geolrm_jax.data.transforms import TransformsSource
 
-    test = _test_objects(known.test, lambda: find_objects(known.source, known.file))
+    test = _test_objects(known.test)
     return TransformsSource(str(known.source.resolve()), test, known.file, known.scale, known.min_views)
 
 
@@ -141,12 +140,12 @@ def _procedural(known: argparse.Namespace):
 _SOURCES = {"gobjaverse": _gobjaverse, "transforms": _transforms, "procedural": _procedural}
 
 
-def _test_objects(test: str | None, names: Callable[[], list[str]]) -> tuple[str, ...]:
-    """The objects that `--test` means."""
+def _test_objects(test: str | None) -> tuple[str, ...] | None:
+    """The objects that `--test` means; None: all."""
     from geolrm_jax.data.folder import read_names
 
     if test == "all":
-        return tuple(names())
+        return None
     return tuple(read_names(test)) if test else ()
 
 

@@ -20,7 +20,6 @@ from geolrm_jax.data.builders.config import DataConfig, check_same, read_config,
 from geolrm_jax.data.builders.layout import CONFIG_FILE, KINDS, MANIFEST_FILE, REJECTED_FILE, write_metadata
 from geolrm_jax.data.builders.shards import MARKERS, Shard, read_marker, split_into_shards, write_shard
 from geolrm_jax.data.builders.workers import check_main_guard, cores, run_tasks
-from geolrm_jax.data.folder import FolderSource
 from geolrm_jax.data.procedural import ProceduralSource
 from geolrm_jax.data.record import FORMAT_VERSION
 from geolrm_jax.export.files import written_whole
@@ -158,7 +157,10 @@ def _plan(
         for leftover in unfinished.rglob(".*"):  # of a process that was killed while it wrote
             leftover.unlink()
         return plan
-    listed = {split: config.source.ids(split) for split in config.source.splits}
+    if isinstance(config.source, ProceduralSource):
+        listed, left_out = {split: config.source.ids(split) for split in config.source.splits}, {}
+    else:
+        listed, left_out = config.source.listing()
     ids = {split: list(dict.fromkeys(names)) for split, names in listed.items() if names}
     if not ids:
         raise ValueError(f"an empty data set: {config.source} has no objects")
@@ -168,7 +170,6 @@ def _plan(
         for id, count in Counter(names).items()
         if count > 1
     ]
-    left_out = config.source.left_out() if isinstance(config.source, FolderSource) else {}
     plan = {
         "config": content,
         "shards": {split: _shards(len(names), objects_per_shard) for split, names in ids.items()},
