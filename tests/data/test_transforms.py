@@ -10,7 +10,10 @@ from scipy.ndimage import label
 from geolrm_jax.data import folder as folders
 from geolrm_jax.data.builders.config import DataConfig
 from geolrm_jax.data.builders.records import build
+from geolrm_jax.data.builders.shards import make_record
 from geolrm_jax.data.checking import check
+from geolrm_jax.data.folder import read_views as read_folder
+from geolrm_jax.data.occupancy import check_hull
 from geolrm_jax.data.reader import open_split
 from geolrm_jax.data.transforms import TransformsSource, read_views
 from geolrm_jax.geometry.cameras import gobjaverse_rig, orbit, rays
@@ -169,6 +172,25 @@ def write_balls(root):
         file_path = "../ball/r_1" if name == "outside" else "./r_1"
         changed = [*frames[:1], {**frames[1], "file_path": file_path}, *frames[2:]]
         write(root / name, {"camera_angle_x": np.radians(39.6), "frames": changed})
+
+
+def test_a_hull_that_leaves_the_cube_is_refused(tmp_path):
+    """Files with lengths twice ours and a diameter of 0.6 in ours: 0.9 cube sides, 1.8 and 3."""
+    write_balls(tmp_path / "balls")
+    for scale, fits in ((0.75, True), (1.5, False), (2.5, False)):
+        config = DataConfig(TransformsSource(str(tmp_path / "balls"), scale=scale), occupancy_grid=16)
+        if fits:
+            assert make_record(config, "train", "ball").occupancy.any()
+        else:
+            with pytest.raises(ValueError, match=r"ball does not fit the cube \[-0.5, 0.5\]\^3 \(--scale\?\)"):
+                make_record(config, "train", "ball")
+
+
+@pytest.mark.parametrize("ids", [None, range(0, 24, 3)])
+def test_hulls_of_real_objects_fit(real_renders, ids):
+    for name in ("basket", "tomato_sauce", "plate", "bbq_sauce"):
+        views = read_folder(real_renders / name, ids)
+        check_hull(views.rgba[..., 3], views.cameras, name)
 
 
 def test_a_set_of_silhouettes_has_the_visual_hull(tmp_path):

@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from geolrm_jax.data.builders.agreement import check_agreement
 from geolrm_jax.data.builders.config import DataConfig
 from geolrm_jax.data.builders.layout import KINDS, serialize_object, serialize_view, shard_file
-from geolrm_jax.data.occupancy import drop_edges, occupancy_from_depth, occupancy_from_silhouettes
+from geolrm_jax.data.occupancy import check_hull, drop_edges, occupancy_from_depth, occupancy_from_silhouettes
 from geolrm_jax.data.record import Encoding, PosedImages, Record, check_views
 from geolrm_jax.data.transforms import TransformsSource
 from geolrm_jax.export.files import written_whole
@@ -74,6 +74,7 @@ def make_record(config: DataConfig, split: str, id: str) -> Record:
     else:
         if (views.rgba[..., 3] == 255).all():
             raise ValueError(f"{id}: no alpha in any of its views; occupancy cannot be made")
+        check_hull(views.rgba[..., 3], views.cameras, id)
         occupancy = occupancy_from_silhouettes(views.rgba[..., 3], views.cameras, grid)
     if not occupancy.any():
         raise ValueError(f"{id}: no usable {made_from} in its views; occupancy cannot be made")
