@@ -19,7 +19,7 @@ from typing import Any
 from geolrm_jax.data.builders.config import DataConfig, check_same, read_config, stored_config
 from geolrm_jax.data.builders.layout import CONFIG_FILE, KINDS, MANIFEST_FILE, REJECTED_FILE, write_metadata
 from geolrm_jax.data.builders.shards import MARKERS, Shard, read_marker, split_into_shards, write_shard
-from geolrm_jax.data.builders.workers import check_main_guard, cores, run_tasks
+from geolrm_jax.data.builders.workers import check_main_guard, count_workers, run_tasks
 from geolrm_jax.data.procedural import ProceduralSource
 from geolrm_jax.data.record import FORMAT_VERSION
 from geolrm_jax.export.files import written_whole
@@ -63,10 +63,11 @@ def build(
     """
     check_main_guard()
     directory, content = Path(directory), stored_config(config)
-    if not 0.0 <= max_rejected <= 1.0 or (objects_per_shard or 1) < 1 or (processes or 1) < 1:
+    workers = count_workers(processes)
+    if not 0.0 <= max_rejected <= 1.0 or (objects_per_shard is not None and objects_per_shard < 1):
         raise ValueError(
-            "expected max_rejected in [0, 1], processes and objects_per_shard of at least 1, got "
-            f"{max_rejected}, {processes}, {objects_per_shard}"
+            "expected max_rejected in [0, 1] and objects_per_shard of at least 1, got "
+            f"{max_rejected} and {objects_per_shard}"
         )
     if config.built or (directory.exists() and any(directory.iterdir())):
         _check_complete(config, directory)
@@ -86,7 +87,7 @@ def build(
                     for split, ids in plan["splits"].items()
                     for shard in split_into_shards(split, ids, plan["shards"][split])
                 ]
-                markers = _write_shards(config, unfinished, shards, advance, processes or cores(), max_rejected)
+                markers = _write_shards(config, unfinished, shards, advance, workers, max_rejected)
                 _finish(unfinished, plan, markers)
             shutil.rmtree(unfinished / MARKERS, ignore_errors=True)
             (unfinished / PLAN_FILE).unlink(missing_ok=True)

@@ -23,6 +23,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def count_workers(processes: int | None) -> int:
+    """How many processes to start: as many as there are cores for None; ValueError for fewer than 1."""
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
+    return processes or cores()
+
+
 def check_main_guard() -> None:
     """Raises a RuntimeError where a worker process, at its start, runs the program's main file and comes back here."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
