@@ -27,7 +27,13 @@ def build(arguments: Arguments, program: str) -> None:
     from geolrm_jax.data.builders.layout import REJECTED_FILE, count_objects, read_rejected
     from geolrm_jax.data.builders.records import build as build_set
 
-    config = DataConfig(_SOURCES[known.kind](known), known.grid, known.rounding, known.encoding)
+    config = DataConfig(
+        _SOURCES[known.kind](known),
+        known.grid,
+        known.rounding,
+        known.encoding,
+        size=None if known.kind == "procedural" else known.size,
+    )
     with logging.bars("object") as advance:
         directory = build_set(
             config,
@@ -76,6 +82,7 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
     common.add_argument("--objects-per-shard", type=int, metavar="N", help="at most (for 16 to 512 shards)")
     folders = argparse.ArgumentParser(add_help=False)
     folders.add_argument("--source", type=Path, required=True, metavar="DIR", help="folder of the objects")
+    folders.add_argument("--size", type=int, metavar="N", help="height of the stored views (that of the files)")
     folders.add_argument("--test", metavar="FILE|all", help="objects kept for evaluation: a list, or all (none)")
 
     job = kinds.add_parser("gobjaverse", parents=[common, folders], help="renders in the GObjaverse layout")
@@ -158,16 +165,24 @@ def check(arguments: Arguments, program: str) -> None:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="judge one object of N; files: all (1)")
     parser.add_argument("--pictured", type=int, default=12, metavar="N", help="objects on the page (12)")
     parser.add_argument("--processes", type=int, metavar="N", help="that work at a time (one for each core)")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="of pictures (DIR/check.html)")
     known = parser.parse_args(arguments)
 
     from geolrm_jax.data.checking import check as check_set
 
     with logging.bars("object") as advance:
         report = check_set(
-            known.set, every=known.every, pictured=known.pictured, processes=known.processes, advance=advance
+            known.set,
+            every=known.every,
+            pictured=known.pictured,
+            processes=known.processes,
+            page=known.page,
+            advance=advance,
         )
+    if report.page_error:
+        logging.warn(f"the page of pictures was not written, --page FILE puts it elsewhere: {report.page_error}")
     title = f"{known.set}: sound" if not report.findings else f"{known.set}: {len(report.findings)} things are wrong"
-    logging.summary(title, [*report.rows, ("pictures", str(report.page))], [])
+    logging.summary(title, [*report.rows, ("pictures", str(report.page or "none"))], [])
     if report.findings:
         shown = "\n  ".join(report.findings[:SHOWN_FINDINGS])
         more = len(report.findings) - SHOWN_FINDINGS

@@ -28,6 +28,8 @@ class DataConfig:
     """Rule by which surface points become voxels: "voxel", the nearest, or "released", the paper's code."""
     image_encoding: Encoding = "raw"
     """"raw" bytes are fast to read, "png" is smaller."""
+    size: int | None = None
+    """Height of the stored views, widths in proportion; None: as the source has them."""
     root: str | None = None
     """Folder of the built set, which several runs may share; None: `data` inside the work directory."""
     built: bool = False
@@ -43,6 +45,10 @@ class DataConfig:
             raise ValueError("data.on_demand builds no set: expected neither data.root nor data.built")
         if self.built and self.root is None:
             raise ValueError("data.built says that data.root holds a finished set: name it")
+        if self.size is not None and (self.size < 16 or isinstance(self.source, ProceduralSource)):
+            raise ValueError(
+                f"data.size must be at least 16, and procedural objects have data.source.size, got {self.size}"
+            )
         if self.occupancy_grid < 2:
             raise ValueError(f"data.occupancy_grid must be at least 2, got {self.occupancy_grid}")
 

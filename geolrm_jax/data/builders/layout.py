@@ -114,9 +114,13 @@ def read_rejected(directory: Path | str) -> list[dict[str, str]]:
     file = Path(directory) / REJECTED_FILE
     try:
         with file.open() as lines:
-            return [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+            entries = [json.loads(line) for line in lines]
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged or missing: {error}") from error
+    for line, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+            raise ValueError(f"{file} is damaged: line {line}: a JSON object with kind expected")
+    return entries
 
 
 def write_metadata(directory: Path, shard_lengths: Mapping[str, Mapping[str, Sequence[int]]]) -> None:

@@ -16,6 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from geolrm_jax.data.builders.agreement import check_agreement
 from geolrm_jax.data.builders.config import DataConfig
 from geolrm_jax.data.builders.layout import KINDS, serialize_object, serialize_view, shard_file
+from geolrm_jax.data.examples import resize_images
 from geolrm_jax.data.occupancy import check_hull, drop_edges, occupancy_from_depth, occupancy_from_silhouettes
 from geolrm_jax.data.record import Encoding, PosedImages, Record, check_views
 from geolrm_jax.data.transforms import TransformsSource
@@ -64,7 +65,7 @@ def make_record(config: DataConfig, split: str, id: str) -> Record:
     Raises:
       ValueError, OSError: if the object is not sound; the message says what was found.
     """
-    views = check_views(config.source.read(split, id), id)
+    views = resize_images(check_views(config.source.read(split, id), id), config.size)
     grid, rounding = config.occupancy_grid, config.occupancy_rounding
     made_from = "silhouettes" if isinstance(config.source, TransformsSource) else "depth"
     if made_from == "depth":
