@@ -158,10 +158,7 @@ def _plan(
         for leftover in unfinished.rglob(".*"):  # of a process that was killed while it wrote
             leftover.unlink()
         return plan
-    if isinstance(config.source, ProceduralSource):
-        listed, left_out = {split: config.source.ids(split) for split in config.source.splits}, {}
-    else:
-        listed, left_out = config.source.listing()
+    listed, left_out = config.source.listing()
     ids = {split: list(dict.fromkeys(names)) for split, names in listed.items() if names}
     if not ids:
         raise ValueError(f"an empty data set: {config.source} has no objects")
