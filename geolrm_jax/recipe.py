@@ -16,7 +16,7 @@ from geolrm_jax.data.builders.config import DataConfig
 from geolrm_jax.data.builders.layout import REJECTED_FILE, read_rejected
 from geolrm_jax.data.builders.records import build
 from geolrm_jax.data.examples import make_views
-from geolrm_jax.data.folder import FolderSource, find_objects
+from geolrm_jax.data.folder import FolderSource
 from geolrm_jax.data.folder import read_views as read_gobjaverse
 from geolrm_jax.data.on_demand import Records, open_data
 from geolrm_jax.data.pipeline import training_dataset
@@ -219,7 +219,7 @@ def open_records(experiment: Experiment, workdir: Path, data: Path | None, split
     if data is None:
         return open_data(experiment.data, data_directory(experiment, workdir), split)
     if not (data / "data_config.json").is_file():
-        source = FolderSource(str(data.resolve()), test=tuple(find_objects(data)))
+        source = FolderSource(str(data.resolve()), test=None)
         config = replace(experiment.data, source=source, root=None, built=False, on_demand=False)
         data = build_shown(config, out / "data")
     records = open_split(data, split)
