@@ -15,7 +15,7 @@ from geolrm_jax.data.sphere_tracing import render
 from geolrm_jax.geometry.cameras import gobjaverse_rig
 from geolrm_jax.scene import Cameras
 
-UNSEEN_FAMILY = "unseen_family"
+UNSEEN_SPLIT = "unseen_family"
 # Purposes of random numbers, folded into the seed first; training has others.
 OBJECT, OBJECT_OF_UNSEEN_FAMILY = 2, 5
 
@@ -44,7 +44,7 @@ class ProceduralSource:
     distribution: Distribution = Distribution()
     """What objects are made of."""
 
-    splits: ClassVar[tuple[str, ...]] = ("train", "test", UNSEEN_FAMILY)
+    splits: ClassVar[tuple[str, ...]] = ("train", "test", UNSEEN_SPLIT)
 
     def __post_init__(self):
         for name in ("train_objects", "test_objects", "unseen_family_objects"):
@@ -62,9 +62,13 @@ class ProceduralSource:
         """Names of the objects of a split: "procedural/SPLIT/NUMBER"."""
         return [object_id(split, index) for index in range(self.count(split))]
 
+    def listing(self) -> tuple[dict[str, list[str]], dict[str, str]]:
+        """Names of the objects of every split, and those that are left out: none."""
+        return {split: self.ids(split) for split in self.splits}, {}
+
     def shapes(self, split: str, index: int) -> Shapes:
         """An object's surface."""
-        return random_object(object_key(self.seed, split, index), self.distribution, split == UNSEEN_FAMILY)
+        return random_object(object_key(self.seed, split, index), self.distribution, split == UNSEEN_SPLIT)
 
     def read(self, split: str, id: str) -> PosedImages:
         """Renders one object of `ids(split)`."""
@@ -84,7 +88,7 @@ def object_id(split: str, index: int) -> str:
 
 def object_key(seed: int, split: str, index: int) -> jax.Array:
     """The key of one object; numbers of training and test interleave, so that they cannot meet."""
-    if split == UNSEEN_FAMILY:
+    if split == UNSEEN_SPLIT:
         purpose, number = OBJECT_OF_UNSEEN_FAMILY, index
     else:
         purpose, number = OBJECT, 2 * index + (split == "test")
@@ -114,4 +118,4 @@ def _rounded(rgba: Float[Array, "v h w 4"]) -> UInt8[np.ndarray, "v h w 4"]:
 def _blocks() -> dict[str, int]:
     """Work at a time: what fits a CPU's cache, or what fills an accelerator."""
     cpu = jax.default_backend() == "cpu"
-    return {"chunk": 256, "block": 4096} if cpu else {"chunk": 8192, "block": 1 << 20}
+    return {"chunk": 1024, "block": 4096} if cpu else {"chunk": 8192, "block": 1 << 20}

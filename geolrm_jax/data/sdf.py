@@ -287,10 +287,14 @@ def distance(shapes: Shapes, points: Points) -> Float[Array, "*rays"]:
 
 
 def distance_and_gradient(shapes: Shapes, points: Points) -> tuple[Float[Array, "*rays"], Points]:
-    """`distance` and its three derivatives."""
-    one, zero = jnp.ones_like(points[0]), jnp.zeros_like(points[0])
-    value, derivative = jax.linearize(lambda *p: distance(shapes, p), *points)
-    return value, (derivative(one, zero, zero), derivative(zero, one, zero), derivative(zero, zero, one))
+    """`distance` and its three derivatives, forward through the loop over primitives: nothing is kept of its turns."""
+
+    def along(axis: Array) -> tuple[Array, Array]:
+        tangents = tuple(jnp.full_like(x, axis[i]) for i, x in enumerate(points))
+        return jax.jvp(lambda *p: distance(shapes, p), points, tangents)
+
+    value, gradient = jax.vmap(along, out_axes=(None, 0))(jnp.eye(3, dtype=points[0].dtype))
+    return value, tuple(gradient)
 
 
 def _hash(x: Array, y: Array, z: Array) -> Array:

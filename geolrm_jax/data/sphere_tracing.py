@@ -20,7 +20,7 @@ TILE = 8
 SAMPLES = np.array([[0.5, 0.5], [0.375, 0.125], [0.875, 0.375], [0.125, 0.625], [0.625, 0.875]], np.float32)
 _HALF_DIAGONAL = 0.5 * 2.0**0.5
 _TOLERANCE = 2e-4
-_ROUNDS, _STEPS = 12, 6
+_ROUNDS, _STEPS, _LATE_STEPS = 8, 6, 40
 
 Rays = tuple[Float[Array, "3 n"], Float[Array, "3 n"]]
 
@@ -62,10 +62,10 @@ def _march(shapes: sdf.Shapes, rays: Rays, z, far, spread, block: int) -> Float[
 
     A ball of radius D around the axis point at z holds no surface. The cone's cross-sections up to z + s lie inside it
     while |d| s + (z + s) spread <= D: that is the step. Rays under way are gathered anew every few steps: most need
-    few, some that graze the surface need many.
+    few, those that graze the surface need many, which the later rounds have.
     """
 
-    def advance(indices, carry):
+    def advance(steps, indices, carry):
         z, under_way = carry
         near, r, end, wide = _pick((z, rays, far, spread), indices)
         pace = 1.0 / (jnp.sqrt(sum(d * d for d in r[1])) + wide)
@@ -76,12 +76,13 @@ def _march(shapes: sdf.Shapes, rays: Rays, z, far, spread, block: int) -> Float[
             going = (room > 0.5 * wide * depth + _TOLERANCE) & (depth < end)
             return jnp.where(going, depth + room * pace, depth), going
 
-        depth, going = jax.lax.fori_loop(0, _STEPS, step, (near, jnp.ones(indices.shape, bool)))
+        depth, going = jax.lax.fori_loop(0, steps, step, (near, jnp.ones(indices.shape, bool)))
         return z.at[indices].set(depth), under_way.at[indices].set(going)
 
     def next_round(state):
         i, z, under_way = state
-        return i + 1, *_for_selected(under_way, advance, (z, under_way), block)
+        steps = jnp.where(i < _ROUNDS // 2, _STEPS, _LATE_STEPS)
+        return i + 1, *_for_selected(under_way, functools.partial(advance, steps), (z, under_way), block)
 
     state = (0, z, z < far)
     return jax.lax.while_loop(lambda s: (s[0] < _ROUNDS) & s[2].any(), next_round, state)[1]
@@ -114,7 +115,7 @@ def _tile_limits(shapes: sdf.Shapes, rays: Rays, spread: Float[Array, "t"]) -> t
 
 @functools.partial(jax.jit, static_argnames=("chunk", "block", "samples"))
 def render(
-    shapes: sdf.Shapes, cameras: Cameras, chunk: int = 256, block: int = 4096, samples: int = len(SAMPLES)
+    shapes: sdf.Shapes, cameras: Cameras, chunk: int = 1024, block: int = 4096, samples: int = len(SAMPLES)
 ) -> tuple[Float[Array, "v h w 4"], Float[Array, "v h w"], Float[Array, "v h w 3"]]:
     """Colour, coverage, depth and normals of one object.
 
