@@ -30,6 +30,7 @@ from geolrm_jax.data.builders.records import build
 from geolrm_jax.data.examples import make_example, premultiply
 from geolrm_jax.data.folder import FolderSource
 from geolrm_jax.data.folder_writing import write_view
+from geolrm_jax.data.on_demand import RenderedSource
 from geolrm_jax.data.pipeline import PipelineConfig, training_dataset
 from geolrm_jax.data.procedural import ProceduralSource
 from geolrm_jax.data.reader import RecordSource, open_split
@@ -56,24 +57,33 @@ def cost_of(call, repeats: int = 1) -> dict[str, float]:
     return {name: value / repeats for name, value in seconds.items()} | {"load": os.getloadavg()[0]}
 
 
-def rendering(size: int, objects: int) -> dict[str, float]:
-    """Compilation in seconds, and views/s once compiled, from one caller and from one for each core."""
+def rendering(size: int, objects: int) -> dict:
+    """Compilation, views/s from one caller and from one for each core, and records rendered for a training example."""
     source = ProceduralSource(objects, test_objects=0, size=size, view_ids=VIEWS)
-    ids = source.ids("train")
+    ids, drawn = source.ids("train"), RenderedSource(DataConfig(source, on_demand=True), "train")
 
     def read(id):
         return source.read("train", id)
 
-    compile_seconds = measuring.seconds_of(lambda: read(ids[0]))
+    def example(index):
+        record = drawn[index]
+        return record.occupancy, record.views(VIEWS[3 : 3 + DRAWN])
+
+    compile_seconds = measuring.seconds_of(lambda: (read(ids[0]), example(0)))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        alone = measuring.seconds_of(lambda: [read(id) for id in ids])
-        together = measuring.seconds_of(lambda: list(pool.map(read, ids)))
-    views = len(ids) * len(VIEWS)
+        ways = {
+            "views_one_caller": cost_of(lambda: [read(id) for id in ids]),
+            "views_all_cores": cost_of(lambda: list(pool.map(read, ids))),
+            "examples_all_cores": cost_of(lambda: list(pool.map(example, range(objects)))),
+        }
+    counts = {name: objects * (len(VIEWS) if name.startswith("views") else 1) for name in ways}
     return {
         "size": size,
+        "objects": objects,
         "compile_s": compile_seconds,
-        "views_per_s_one_caller": views / alone,
-        "views_per_s_all_cores": views / together,
+        **{f"{name}_per_s": counts[name] / cost["wall_s"] for name, cost in ways.items()},
+        **{f"{name}_per_processor_s": counts[name] / cost["processor_s"] for name, cost in ways.items()},
+        "load": ways["views_all_cores"]["load"],
     }
 
 
@@ -211,7 +221,7 @@ def main() -> None:
     # Grain's shuffle takes milliseconds for the next of a few numbers, and microseconds for that of thousands.
     parser.add_argument("--objects", type=int, default=32, help="that are read")
     parser.add_argument("--built", type=int, default=32, help="objects of the building part")
-    parser.add_argument("--rendered", type=int, default=8, help="objects of the rendering part")
+    parser.add_argument("--rendered", type=int, default=32, help="objects of the rendering part")
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--folder", type=Path, help="an empty folder for the sets, or that of another time")
     parser.add_argument("--out", type=Path, help="also written there")
