@@ -1,5 +1,6 @@
 """The procedural source: how often what is drawn, which families stand in which split, and what names and keys cost."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 from geolrm_jax.data import sdf
+from geolrm_jax.data.builders.records import build
 from geolrm_jax.data.procedural import ProceduralSource, object_key
 from geolrm_jax.data.procedural_shapes import MAX_PRIMITIVES, UNSEEN_FAMILY, Distribution, draw_object
+from geolrm_jax.data.reader import open_split
 
 DRAWN = 800
 STATED = Distribution()
@@ -63,6 +66,16 @@ def test_one_family_is_in_no_split_but_its_own():
     for split, of_it in (("train", False), ("test", False), ("unseen_family", True)):
         shapes = source.shapes(split, 1)
         assert (int(shapes.kind[0]) == STAR) == of_it
+
+
+def test_a_built_set_has_the_split_of_the_unseen_family(tiny_config, tmp_path):
+    source = dataclasses.replace(tiny_config.source, train_objects=0, test_objects=1, unseen_family_objects=2)
+    directory = build(dataclasses.replace(tiny_config, source=source), tmp_path / "set")
+    records = open_split(directory, "unseen_family")
+    assert [record.id for record in records] == ["procedural/unseen_family/0", "procedural/unseen_family/1"]
+    assert records[0].occupancy.any() and len(open_split(directory, "test")) == 1
+    with pytest.raises(ValueError, match="no split 'train', it has test, unseen_family"):
+        open_split(directory, "train")
 
 
 def test_no_object_is_in_two_splits_and_a_seed_decides_all():
