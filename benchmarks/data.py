@@ -13,11 +13,13 @@ import concurrent.futures
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import measuring
@@ -28,6 +30,7 @@ from geolrm_jax.data.builders.records import build
 from geolrm_jax.data.examples import make_example, premultiply
 from geolrm_jax.data.folder import FolderSource
 from geolrm_jax.data.folder_writing import write_view
+from geolrm_jax.data.on_demand import RenderedSource
 from geolrm_jax.data.pipeline import PipelineConfig, training_dataset
 from geolrm_jax.data.procedural import ProceduralSource
 from geolrm_jax.data.reader import RecordSource, open_split
@@ -54,24 +57,33 @@ def cost_of(call, repeats: int = 1) -> dict[str, float]:
     return {name: value / repeats for name, value in seconds.items()} | {"load": os.getloadavg()[0]}
 
 
-def rendering(size: int, objects: int) -> dict[str, float]:
-    """Compilation in seconds, and views/s once compiled, from one caller and from one for each core."""
+def rendering(size: int, objects: int) -> dict:
+    """Compilation, views/s from one caller and from one for each core, and records rendered for a training example."""
     source = ProceduralSource(objects, test_objects=0, size=size, view_ids=VIEWS)
-    ids = source.ids("train")
+    ids, drawn = source.ids("train"), RenderedSource(DataConfig(source, on_demand=True), "train")
 
     def read(id):
         return source.read("train", id)
 
-    compile_seconds = measuring.seconds_of(lambda: read(ids[0]))
+    def example(index):
+        record = drawn[index]
+        return record.occupancy, record.views(VIEWS[3 : 3 + DRAWN])
+
+    compile_seconds = measuring.seconds_of(lambda: (read(ids[0]), example(0)))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        alone = measuring.seconds_of(lambda: [read(id) for id in ids])
-        together = measuring.seconds_of(lambda: list(pool.map(read, ids)))
-    views = len(ids) * len(VIEWS)
+        ways = {
+            "views_one_caller": cost_of(lambda: [read(id) for id in ids]),
+            "views_all_cores": cost_of(lambda: list(pool.map(read, ids))),
+            "examples_all_cores": cost_of(lambda: list(pool.map(example, range(objects)))),
+        }
+    counts = {name: objects * (len(VIEWS) if name.startswith("views") else 1) for name in ways}
     return {
         "size": size,
+        "objects": objects,
         "compile_s": compile_seconds,
-        "views_per_s_one_caller": views / alone,
-        "views_per_s_all_cores": views / together,
+        **{f"{name}_per_s": counts[name] / cost["wall_s"] for name, cost in ways.items()},
+        **{f"{name}_per_processor_s": counts[name] / cost["processor_s"] for name, cost in ways.items()},
+        "load": ways["views_all_cores"]["load"],
     }
 
 
@@ -97,17 +109,32 @@ def write_objects(folder: Path, size: int, count: int) -> Path:
     return folder
 
 
+def cost_of_building(config: DataConfig, root: Path, processes: int) -> dict[str, float]:
+    """Of one set, which is removed again."""
+    with tempfile.TemporaryDirectory(dir=root) as out:
+        return cost_of(lambda: build(config, Path(out) / "set", processes=processes))
+
+
+def on_cores(count: int, function, *arguments):
+    """What a function of this file returns in a fresh process that has `count` cores, for its own processes too."""
+    every = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(every)[:count])
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        result = pool.submit(function, *arguments).result()
+    os.sched_setaffinity(0, every)
+    return result
+
+
 def building(root: Path, size: int, objects: int) -> dict:
     """Seconds per object of 40 views on one core and on all, both encodings; MB of its source files."""
     folder = write_objects(root / f"objects_{size}", size, objects)
     source_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    result = {"size": size, "source_MB_per_object": source_bytes / objects / 1e6}
-    for encoding, processes in itertools.product(("raw", "png"), (1, os.cpu_count())):
+    result = {"size": size, "objects": objects, "source_MB_per_object": source_bytes / objects / 1e6}
+    for encoding, cores in itertools.product(("raw", "png"), (1, os.cpu_count())):
         config = DataConfig(FolderSource(str(folder)), occupancy_grid=128, image_encoding=encoding)
-        with tempfile.TemporaryDirectory(dir=root) as out:
-            cost = cost_of(lambda: build(config, Path(out) / "set", processes=processes))  # noqa: B023
+        cost = on_cores(cores, cost_of_building, config, root, cores)
         cost["wall_s"], cost["processor_s"] = cost["wall_s"] / objects, cost["processor_s"] / objects
-        result[f"{encoding}, {processes} processes, per object"] = cost
+        result[f"{encoding}, {cores} cores, per object"] = cost
     return result
 
 
@@ -193,13 +220,14 @@ def main() -> None:
     parser.add_argument("--render-size", type=int, default=128, help="of rendered views")
     # Grain's shuffle takes milliseconds for the next of a few numbers, and microseconds for that of thousands.
     parser.add_argument("--objects", type=int, default=32, help="that are read")
-    parser.add_argument("--built", type=int, default=8, help="objects of the building part")
-    parser.add_argument("--rendered", type=int, default=8, help="objects of the rendering part")
+    parser.add_argument("--built", type=int, default=32, help="objects of the building part")
+    parser.add_argument("--rendered", type=int, default=32, help="objects of the rendering part")
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--folder", type=Path, help="an empty folder for the sets, or that of another time")
     parser.add_argument("--out", type=Path, help="also written there")
     arguments = parser.parse_args()
-    result = measuring.environment(os.cpu_count(), "grain", "array-record", "tensorflow-datasets", "pillow")
+    result = measuring.environment(os.cpu_count(), "grain", "array_record", "tensorflow_datasets")
+    result["versions"]["pillow"] = version("pillow")
     with tempfile.TemporaryDirectory() as temporary:
         root = arguments.folder or Path(temporary)
         calls = {

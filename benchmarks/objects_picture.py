@@ -1,6 +1,6 @@
 """A picture of the procedural objects, for the documentation.
 
-    python benchmarks/objects_picture.py [--out docs/pictures/procedural.jpg]
+    python benchmarks/objects_picture.py [--out docs/pictures/procedural.png]
 
 Seven rows of eight objects of the training split, and one of the split with the unseen family, on white.
 """
@@ -28,9 +28,9 @@ def picture(source: ProceduralSource, split: str, index: int) -> np.ndarray:
 def main() -> None:
     """Renders and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=144, help="of one picture in pixels")
+    parser.add_argument("--size", type=int, default=136, help="of one picture in pixels")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/pictures/procedural.jpg"))
+    parser.add_argument("--out", type=Path, default=Path("docs/pictures/procedural.png"))
     arguments = parser.parse_args()
     counts = {split: COLUMNS * rows for split, rows in ROWS.items()}
     source = ProceduralSource(
@@ -39,11 +39,12 @@ def main() -> None:
         unseen_family_objects=counts["unseen_family"],
         size=arguments.size,
         seed=arguments.seed,
+        fov=33.0,
     )
     pictures = [picture(source, split, index) for split, count in counts.items() for index in range(count)]
     sheet = contact_sheet([pictures[start : start + COLUMNS] for start in range(0, len(pictures), COLUMNS)])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(arguments.out, quality=88)
+    Image.fromarray(sheet).save(arguments.out, optimize=True)
 
 
 if __name__ == "__main__":

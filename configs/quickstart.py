@@ -2,13 +2,14 @@
 
   python train.py --config configs/quickstart.py
 
-2 CPU cores, 8 min 53 s. On 12 unseen objects, 4 inputs and 4 targets at 112^2: PSNR 18.5 dB, nearest input view
+2 CPU cores, 7 min 40 s. On 12 unseen objects, 4 inputs and 4 targets at 112^2: PSNR 18.6 dB, nearest input view
 14.2 dB, white picture 9.9 dB; proposal within one voxel: precision 0.99, recall 0.99.
 """
 
 from geolrm_jax.config import Experiment
 from geolrm_jax.data.builders.config import DataConfig
 from geolrm_jax.data.procedural import ProceduralSource
+from geolrm_jax.data.procedural_shapes import Distribution
 from geolrm_jax.evaluation.protocol import Protocol
 from geolrm_jax.models.dinov2 import ViTConfig
 from geolrm_jax.models.gaussian_decoder import GaussianDecoderConfig
@@ -23,6 +24,7 @@ from geolrm_jax.training.optimizer import OptimizerConfig
 
 SIZE, GRID, ANCHORS = 112, 16, 896
 TARGETS = (3, 9, 15, 21)
+PLAIN = Distribution(wire=0.0, displaced=0.0, lit=0.0)  # what small networks learn in minutes
 VIEWS = tuple(sorted({*range(0, 24, 2), *TARGETS}))  # of the GObjaverse rig
 
 
@@ -34,7 +36,7 @@ def get_config() -> Experiment:
     return Experiment(
         name="quickstart",
         data=DataConfig(
-            ProceduralSource(train_objects=240, test_objects=12, size=SIZE, view_ids=VIEWS),
+            ProceduralSource(240, 12, size=SIZE, view_ids=VIEWS, distribution=PLAIN),
             occupancy_grid=GRID,
         ),
         model=GeoLRMConfig(

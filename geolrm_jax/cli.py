@@ -108,6 +108,7 @@ def evaluate(arguments: Arguments, program: str) -> None:
     parser.add_argument(
         "--data", type=Path, help="a built data set, or a folder in the GObjaverse layout, to use instead"
     )
+    parser.add_argument("--split", help="of the set to use (the config's evaluation.split; test with --data)")
     parser.add_argument("--objects", type=int, help="evaluate the first N objects only")
     parser.add_argument("--lpips", metavar="FILE", help="weights of LPIPS; see `geolrm weights lpips` (the config's)")
     parser.add_argument("--out", type=Path, help="folder of the report (WORKDIR/eval/STEP)")
@@ -149,6 +150,7 @@ def evaluate(arguments: Arguments, program: str) -> None:
                 known.workdir,
                 step=known.step,
                 data=known.data,
+                split=known.split,
                 objects=known.objects,
                 lpips_weights=known.lpips,
                 out=known.out,

@@ -3,7 +3,7 @@
 import argparse
 import functools
 import importlib.util
-import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,15 +29,14 @@ def render(arguments: Sequence[str], program: str) -> None:
     parser.add_argument(
         "--up", default="file", choices=("file", "y", "z"), help="the meshes' axis; file: glTF y, OBJ and PLY z (file)"
     )
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="renderers at work (all cores)")
+    parser.add_argument("--processes", type=int, metavar="N", help="renderers at work (one for each core)")
     known = parser.parse_args(arguments)
-    if known.processes < 1:
-        parser.error(f"--processes must be positive, got {known.processes}")
     missing = [name for name in ("mitsuba", "trimesh") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} is not installed: pip install 'geolrm-jax[mesh]'")
 
-    from geolrm_jax.data.mesh_objects import RenderConfig
+    from geolrm_jax.data.folder import DUPLICATE_VIEWS
+    from geolrm_jax.data.mesh_objects import RIG_VIEWS, RenderConfig
     from geolrm_jax.data.mesh_sets import REJECTED_FILE, SHEET_FILE, render_meshes
 
     config = RenderConfig(
@@ -59,10 +58,14 @@ def render(arguments: Sequence[str], program: str) -> None:
         raise ValueError(
             f"none of the {len(report.rejected)} meshes could be rendered, see {known.out / REJECTED_FILE}"
         )
+    command = f"geolrm data build gobjaverse --source {shlex.quote(str(known.out))} --out DIR"
+    stored = len({*config.views} - {*DUPLICATE_VIEWS})
+    if stored < RIG_VIEWS - len(DUPLICATE_VIEWS):
+        command += f" --min-views {stored}"
     logging.summary(
         f"{known.out}: {report.rendered} objects rendered, {report.finished} were there",
         [("pictures", str(known.out / SHEET_FILE)), ("left out", f"{len(report.rejected)} meshes")],
-        [("make a set that training reads", f"geolrm data build gobjaverse --source {known.out} --out DIR")],
+        [("make a set that training reads", command)],
     )
 
 

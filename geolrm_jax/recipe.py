@@ -17,10 +17,11 @@ from geolrm_jax.data.builders.config import DataConfig
 from geolrm_jax.data.builders.layout import REJECTED_FILE, read_rejected
 from geolrm_jax.data.builders.records import build
 from geolrm_jax.data.examples import make_views
-from geolrm_jax.data.folder import FolderSource, find_objects
+from geolrm_jax.data.folder import FolderSource
 from geolrm_jax.data.folder import read_views as read_gobjaverse
+from geolrm_jax.data.on_demand import Records, open_data
 from geolrm_jax.data.pipeline import training_dataset
-from geolrm_jax.data.reader import RecordSource, open_split
+from geolrm_jax.data.reader import open_split
 from geolrm_jax.data.record import PosedImages
 from geolrm_jax.data.transforms import read_views as read_transforms
 from geolrm_jax.evaluation.protocol import choose_inputs
@@ -69,7 +70,8 @@ def run(experiment: Experiment, workdir: Path, watch: WatchConfig = WATCH) -> No
         with distributed.only_first("building the data") as first:
             if first:
                 record_weights(experiment, workdir)
-                build_shown(experiment.data, data)
+                if not experiment.data.on_demand:
+                    build_shown(experiment.data, data)
                 check_protocol(experiment, data)
                 write_config(experiment, workdir)
         for name in experiment.stages:
@@ -135,19 +137,19 @@ def record_weights(experiment: Experiment, workdir: Path) -> None:
 
 def check_protocol(experiment: Experiment, data: Path) -> None:
     """Raises a ValueError if the set cannot be evaluated: better before the training than after."""
-    record = open_split(data, "test")[0]
+    record = open_data(experiment.data, data, experiment.evaluation.split)[0]
     choose_inputs(experiment.evaluation, record.view_ids, record.cameras(range(len(record.view_ids))))
 
 
 def data_directory(experiment: Experiment, workdir: Path) -> Path:
-    """Where the built data set of a run lies."""
+    """Where the built data set of a run lies, if it has one."""
     return Path(experiment.data.root) if experiment.data.root else workdir / "data"
 
 
 def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path, watch: WatchConfig = WATCH) -> Trainer:
     """All that one stage's training needs."""
     stage = experiment.stages[name]
-    source, share = open_split(data, "train"), row_share(experiment.mesh.make())
+    source, share = open_data(experiment.data, data, "train"), row_share(experiment.mesh.make())
 
     def batches(order: int) -> Iterator[Batch]:
         dataset = training_dataset(
@@ -198,6 +200,7 @@ def evaluate(
     *,
     step: str | int = "latest",
     data: Path | None = None,
+    split: str | None = None,
     objects: int | None = None,
     lpips_weights: str | None = None,
     out: Path | None = None,
@@ -207,27 +210,30 @@ def evaluate(
     Args:
       workdir: all that is needed to rebuild the model.
       step: of the reconstruction stage.
-      data: a built set, whose test split is used, or a folder in the GObjaverse layout, all of it.
+      data: a built set, or a folder in the GObjaverse layout, all of it.
+      split: by default the protocol's, and "test" of `data`.
       objects: only the first so many.
       lpips_weights: of the metric; by default the file that the config names.
-      out: folder of the report; by default `workdir/eval/STEP`, with the name of `data` behind it if that is given.
+      out: folder of the report; by default `workdir/eval/STEP`, with `data`'s name and the split behind it if given.
     """
     experiment = read_config(workdir)
     model, number = restore_model(experiment, workdir, step)
-    out = Path(out) if out else workdir / "eval" / (f"{number}-{data.resolve().name}" if data else str(number))
+    names = [*([data.resolve().name] if data else []), *([split] if split else [])]
+    protocol = replace(experiment.evaluation, split=split or ("test" if data else experiment.evaluation.split))
+    out = Path(out) if out else workdir / "eval" / "-".join([str(number), *names])
     lpips_file = lpips_weights or experiment.reconstruction.objective.lpips_weights
     lpips, lpips_hash = load_lpips(lpips_file) if lpips_file else (None, None)
-    records = open_records(experiment, workdir, data, out)
+    records = open_records(experiment, workdir, data, protocol.split, out)
     if lpips is None:
         logging.notice("evaluation: no LPIPS weights file, the metric is off")
     chosen = range(len(records))[:objects]
-    results = evaluate_objects(model, records, chosen, experiment.evaluation, lpips=lpips, pictures=PICTURED)
+    results = evaluate_objects(model, records, chosen, protocol, lpips=lpips, pictures=PICTURED)
     as_json, _ = write_report(
         out,
         EvaluationResults(
             config_name=experiment.name,
             config=to_tree(experiment),
-            protocol=experiment.evaluation,
+            protocol=protocol,
             checkpoint_step=number,
             objects=results,
             lpips_sha256=lpips_hash,
@@ -239,16 +245,17 @@ def evaluate(
     return as_json
 
 
-def open_records(experiment: Experiment, workdir: Path, data: Path | None, out: Path) -> RecordSource:
+def open_records(experiment: Experiment, workdir: Path, data: Path | None, split: str, out: Path) -> Records:
     """The objects to evaluate on; a folder in the GObjaverse layout is built into `out/data` first."""
     if data is None and "released" in provenance.read(workdir):
         raise ValueError(f"{workdir} holds imported weights and no data: name some with --data")
     if data is None:
-        return open_split(data_directory(experiment, workdir), "test")
+        return open_data(experiment.data, data_directory(experiment, workdir), split)
     if not (data / "data_config.json").is_file():
-        source = FolderSource(str(data.resolve()), test=tuple(find_objects(data)))
-        data = build_shown(replace(experiment.data, source=source, root=None), out / "data")
-    records = open_split(data, "test")
+        source = FolderSource(str(data.resolve()), test=None)
+        config = replace(experiment.data, source=source, root=None, built=False, on_demand=False)
+        data = build_shown(config, out / "data")
+    records = open_split(data, split)
     if records[0].grid != experiment.data.occupancy_grid:
         raise ValueError(
             f"{data}: occupancy of {records[0].grid} voxels a side, the model's has {experiment.data.occupancy_grid}"
@@ -258,7 +265,7 @@ def open_records(experiment: Experiment, workdir: Path, data: Path | None, out: 
 
 def export_example(experiment: Experiment, workdir: Path, out: Path) -> Path:
     """The first unseen object, reconstructed from the protocol's inputs, as files; returns their folder."""
-    record = open_split(data_directory(experiment, workdir), "test")[0]
+    record = open_data(experiment.data, data_directory(experiment, workdir), experiment.evaluation.split)[0]
     inputs = choose_inputs(experiment.evaluation, record.view_ids, record.cameras(range(len(record.view_ids))))
     model, _ = restore_model(experiment, workdir, "latest")
     gaussians = reconstruct(model, to_views(record.views(inputs)))

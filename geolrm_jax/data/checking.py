@@ -14,10 +14,17 @@ from PIL import Image
 
 from geolrm_jax.data.builders.agreement import check_agreement
 from geolrm_jax.data.builders.config import read_config
-from geolrm_jax.data.builders.layout import KINDS, MANIFEST_FILE, VERSION, read_rejected
+from geolrm_jax.data.builders.layout import (
+    CONFIG_FILE,
+    KINDS,
+    MANIFEST_FILE,
+    VERSION,
+    read_rejected,
+    shard_file,
+)
 from geolrm_jax.data.builders.shards import describe_file
-from geolrm_jax.data.builders.workers import cores, run_tasks
-from geolrm_jax.data.occupancy import drop_edges, occupancy_from_depth, occupancy_from_silhouettes
+from geolrm_jax.data.builders.workers import count_workers, run_tasks
+from geolrm_jax.data.occupancy import check_hull, drop_edges, occupancy_from_depth, occupancy_from_silhouettes
 from geolrm_jax.data.reader import RecordSource, open_split
 from geolrm_jax.data.record import DamagedRecord, Record, check_views
 from geolrm_jax.export.pages import contact_sheet, depth_map, figure, table, to_uint8, write_page
@@ -25,6 +32,12 @@ from geolrm_jax.export.pages import contact_sheet, depth_map, figure, table, to_
 PAGE_FILE = "check.html"
 OCCUPANCY_DIFFERS = 1e-3  # share of voxels with no counterpart within one voxel: depth lost bits since they were made
 _PICTURED_VIEWS, _SIDE = 6, 160
+# A record's fields that the set's config states too, under another name.
+_CONFIG_OF_FIELD = {
+    "grid": "occupancy_grid",
+    "occupancy_rounding": "occupancy_rounding",
+    "encoding": "image_encoding",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +47,14 @@ class Report:
     Attributes:
       findings: what is wrong, a line each; empty for a sound set.
       rows: (what, how much) pairs of the summary.
-      page: the page of pictures.
+      page: the page of pictures; None where it could not be written.
+      page_error: why not.
     """
 
     findings: list[str]
     rows: list[tuple[str, str]]
-    page: Path
+    page: Path | None
+    page_error: str = ""
 
 
 def check(
@@ -48,24 +63,27 @@ def check(
     every: int = 1,
     pictured: int = 12,
     processes: int | None = None,
+    page: Path | str | None = None,
     advance: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Report:
-    """Compares every file with its checksum, reads and judges records, and writes a page of pictures into the set.
+    """Compares every file with its checksum, reads and judges records, and writes a page of pictures.
 
     Args:
       directory: of a finished set.
       every: judge each `every`-th object of a shard; checksums are of all files.
       pictured: objects on the page, evenly spaced over the splits.
       processes: that check shards at a time; None: one for each core.
+      page: the file of pictures; None: `check.html` in the set.
       advance: called as (split, objects done, objects in all) after each object.
 
     Raises:
       FileNotFoundError, ValueError: if the directory is no set of this format at all.
     """
     directory = Path(directory)
-    if every < 1:
-        raise ValueError(f"every must be at least 1, got {every}")
-    config = read_config(directory)
+    if every < 1 or pictured < 0:
+        raise ValueError(f"every must be at least 1 and pictured at least 0, got {every} and {pictured}")
+    workers = count_workers(processes)
+    config, rejected = _read_config(directory), Counter(entry["kind"] for entry in read_rejected(directory))
     shards, findings = _read_manifest(directory)
     totals, counts = Counter(), Counter()
     for shard in shards:
@@ -78,16 +96,28 @@ def check(
         advance(news[0], counts[news[0]], totals[news[0]])
 
     tasks = [(directory, config, shard, every) for shard in shards if _is_there(directory, shard)]
-    workers = min(processes or cores(), len(tasks) or 1)
+    workers = min(workers, len(tasks) or 1)
     results = list(run_tasks(check_shard, tasks, workers=workers, threads=False, done=done)) if tasks else []
     results.sort(key=lambda result: (result["split"], result["shard"]))
     findings += [finding for result in results for finding in result["findings"]]
-    seen = Counter(id for result in results for id in result["ids"])
-    findings += [f"{id} is stored {count} times" for id, count in seen.items() if count > 1]
-    rows = _summary(directory, shards, results, every)
-    page = directory / PAGE_FILE
-    _write_page(page, sources, rows, findings, pictured)
+    seen = Counter((result["split"], id) for result in results for id in result["ids"])
+    findings += [f"{split}: {id} is stored {count} times" for (split, id), count in seen.items() if count > 1]
+    rows = _summary(shards, results, rejected, every)
+    page = Path(page or directory / PAGE_FILE)
+    try:
+        _write_page(page, directory.resolve().name, sources, rows, findings, pictured)
+    except OSError as error:  # a set may be checked by those who cannot write there
+        return Report(findings, rows, None, str(error))
     return Report(findings, rows, page)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """The set's config; a ValueError names the file and what it lacks of all that `judge` compares."""
+    config = read_config(directory)
+    missing = [name for name in _CONFIG_OF_FIELD.values() if name not in config]
+    if missing:
+        raise ValueError(f"{directory / CONFIG_FILE} is damaged: {missing[0]} expected in it")
+    return config
 
 
 def _read_manifest(directory: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -95,9 +125,10 @@ def _read_manifest(directory: Path) -> tuple[list[dict[str, Any]], list[str]]:
     file = directory / MANIFEST_FILE
     try:
         shards = json.loads(file.read_text())["shards"]
-        expected = {name: stated["bytes"] for shard in shards for name, stated in shard["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged or missing: {error!r}") from error
+    _check_manifest(shards, file)
+    expected = {name: stated["bytes"] for shard in shards for name, stated in shard["files"].items()}
     findings = []
     for name, size in expected.items():
         found = (directory / name).stat().st_size if (directory / name).is_file() else None
@@ -108,6 +139,32 @@ def _read_manifest(directory: Path) -> tuple[list[dict[str, Any]], list[str]]:
         f"{path.name}: not in the manifest" for path in stored if str(path.relative_to(directory)) not in expected
     ]
     return shards, findings
+
+
+def _check_manifest(shards: Any, file: Path) -> None:
+    """Raises a ValueError that names the file and the key unless the entries are such as a build writes."""
+
+    def expect(sound: bool, key: str, what: str) -> None:
+        if not sound:
+            raise ValueError(f"{file} is damaged: {key}: expected {what}")
+
+    expect(isinstance(shards, list), "shards", "a list")
+    for i, shard in enumerate(shards):
+        expect(isinstance(shard, dict), f"shards[{i}]", "a JSON object")
+        expect(isinstance(shard.get("split"), str), f"shards[{i}].split", "the name of a split")
+        for key in ("shard", "objects", "views"):
+            expect(type(shard.get(key)) is int and shard[key] >= 0, f"shards[{i}].{key}", "a count")
+    totals, numbers = Counter(shard["split"] for shard in shards), Counter()
+    for i, shard in enumerate(shards):
+        split, number = shard["split"], numbers[shard["split"]]
+        numbers[split] += 1
+        expect(shard["shard"] == number, f"shards[{i}].shard", f"{number}: those of a split stand in order")
+        names = [shard_file(kind, split, number, totals[split]) for kind in KINDS]
+        files = shard.get("files")
+        expect(isinstance(files, dict) and {*files} == {*names}, f"shards[{i}].files", " and ".join(names))
+        for name, stated in files.items():
+            sound = isinstance(stated, dict) and type(stated.get("bytes")) is int and "sha256" in stated
+            expect(sound, f"shards[{i}].files[{name!r}]", "sha256, and bytes, a count")
 
 
 def _is_there(directory: Path, shard: dict[str, Any]) -> bool:
@@ -141,8 +198,9 @@ def check_shard(
     if not shard["objects"]:
         return result
     source = open_split(directory, shard["split"])
-    start = sum(source.shard_lengths[0][: shard["shard"]])
-    for number in range(shard["objects"]):
+    lengths = source.shard_lengths[0]
+    start = sum(lengths[: shard["shard"]])
+    for number in range(min(shard["objects"], sum(lengths[shard["shard"] : shard["shard"] + 1]))):
         try:
             record = source[start + number]
             result["ids"].append(record.id)
@@ -165,8 +223,7 @@ def judge(record: Record, config: dict[str, Any]) -> None:
     Looked at: the layout against the set's config, depth's range, cameras, the agreement of views with each other
     (`agreement.check_agreement`), and the stored occupancy against one made again.
     """
-    stated = {"grid": "occupancy_grid", "occupancy_rounding": "occupancy_rounding", "encoding": "image_encoding"}
-    for field, name in stated.items():
+    for field, name in _CONFIG_OF_FIELD.items():
         if getattr(record, field) != config[name]:
             raise DamagedRecord(record.id, f"{field} is {getattr(record, field)}, the set's {name} is {config[name]}")
     limits = record.depth_range
@@ -178,6 +235,7 @@ def judge(record: Record, config: dict[str, Any]) -> None:
         depth = drop_edges(views.depth, views.cameras)
         again = occupancy_from_depth(depth, views.cameras, record.grid, record.occupancy_rounding)
     else:
+        check_hull(views.rgba[..., 3], views.cameras, record.id)
         again = occupancy_from_silhouettes(views.rgba[..., 3], views.cameras, record.grid)
     stored = record.occupancy
     if not stored.any():
@@ -197,13 +255,12 @@ def _thickened(occupancy: Bool[np.ndarray, "g g g"]) -> Bool[np.ndarray, "g g g"
 
 
 def _summary(
-    directory: Path, shards: list[dict[str, Any]], results: list[dict[str, Any]], every: int
+    shards: list[dict[str, Any]], results: list[dict[str, Any]], rejected: Counter[str], every: int
 ) -> list[tuple[str, str]]:
     objects = Counter()
     for shard in shards:
         objects[shard["split"]] += shard["objects"]
     size = sum(stated["bytes"] for shard in shards for stated in shard["files"].values())
-    rejected = [entry["kind"] for entry in read_rejected(directory)]
     voxels = [count for result in results for count in result["voxels"]]
     views = [count for result in results for count in result["views"]]
     rows = [
@@ -211,7 +268,7 @@ def _summary(
         ("views", f"{sum(shard['views'] for shard in shards):,}"),
         ("shards", f"{len(shards)}"),
         ("on disk", f"{size / 1e6:,.1f} MB, {size / 1e6 / max(objects.total(), 1):.2f} MB an object"),
-        ("not in the set", ", ".join(f"{n} {kind}" for kind, n in Counter(rejected).items()) or "none"),
+        ("not in the set", ", ".join(f"{n} {kind}" for kind, n in rejected.items()) or "none"),
         ("judged", f"{sum(result['judged'] for result in results):,} objects" + (f", 1 of {every}" * (every > 1))),
     ]
     if voxels:
@@ -226,7 +283,12 @@ def _summary(
 
 
 def _write_page(
-    path: Path, sources: dict[str, RecordSource], rows: list[tuple[str, str]], findings: list[str], pictured: int
+    path: Path,
+    title: str,
+    sources: dict[str, RecordSource],
+    rows: list[tuple[str, str]],
+    findings: list[str],
+    pictured: int,
 ) -> None:
     """The summary, what is wrong, and objects with some views, their depth, and occupancy along the three axes."""
     body = table((), rows, text_columns=2)
@@ -243,7 +305,7 @@ def _write_page(
             body += figure(_picture(record), caption)
         except DamagedRecord as error:
             body += f"<p>{html.escape(f'{split}: {error}')}</p>"
-    write_page(path, path.resolve().parent.name, body)
+    write_page(path, title, body)
 
 
 def _picture(record: Record) -> UInt8[np.ndarray, "h w 3"]:

@@ -61,6 +61,17 @@ def make_views(views: PosedImages, size: tuple[int, int]) -> Views:
     return resize_views(Views(views.cameras, rgb, alpha, views.depth, np.ones(len(rgb), bool)), *size)
 
 
+def resize_images(images: PosedImages, height: int | None) -> PosedImages:
+    """The same views at another height and a width in proportion, back in 8 bits with straight alpha; None: as is."""
+    if height in (None, images.cameras.height):
+        return images
+    width = round(height * images.cameras.width / images.cameras.height)
+    views = make_views(images, (height, width))
+    rgb = views.rgb / np.maximum(views.alpha, 1e-6)[..., None]
+    rgba = np.rint(np.concatenate([rgb, views.alpha[..., None]], axis=-1).clip(0.0, 1.0) * 255.0).astype(np.uint8)
+    return PosedImages(images.view_ids, rgba, views.depth, views.cameras)
+
+
 def make_example(
     record: Record,
     input_ids: Sequence[int],

@@ -9,7 +9,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -26,8 +26,10 @@ CAMPOS = "campos_512_v4"
 DUPLICATE_VIEWS = (24, 39)
 # The paper's loader leaves out objects whose caption has one of these.
 LEFT_OUT_CAPTIONS = ("box", "cube")
-# What a picture may have: a file that claims more is refused before it is decoded.
-MAX_PIXELS, MAX_BYTES = 4096**2, 1 << 28
+# What a file may have: one that claims more is refused before it is decoded.
+MAX_PIXELS, MAX_BYTES, MAX_CHANNELS = 4096**2, 1 << 28, 16
+MAX_CAMERA_BYTES = 1 << 24  # JSON takes about 20 times as much when it is read
+MAX_OBJECT_PIXELS = 1 << 28  # of all views of an object: they are in memory together
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _SKY = 6e4  # a half float ends at 65504
 
@@ -38,8 +40,8 @@ class FolderSource(Source):
 
     root: str
     """Folder that holds the objects, at any depth."""
-    test: tuple[str, ...] = ()
-    """Objects for evaluation, by their path below `root`: "basket" or "dict/inst"."""
+    test: tuple[str, ...] | None = ()
+    """Objects for evaluation, by their path below `root`: "basket" or "dict/inst"; None: all."""
     train: tuple[str, ...] | None = None
     """Objects to train on; None: all that are not in `test`."""
     train_views: tuple[int, ...] | None = None
@@ -53,33 +55,29 @@ class FolderSource(Source):
     min_views: int = 1
     """Objects with fewer stored views are refused."""
 
-    def ids(self, split: str) -> list[str]:
-        """Names of the objects of a split; ValueError where one that was asked for is not there."""
-        left_out = self.left_out() if split == "train" else {}
-        return [name for name in self._listed(split) if name not in left_out]
+    def listing(self) -> tuple[dict[str, list[str]], dict[str, str]]:
+        """Names of the objects of every split, and those that captions keep from training, with the reason.
 
-    def left_out(self) -> dict[str, str]:
+        Raises:
+          FileNotFoundError, ValueError: if there are no objects, one that was asked for is not there, or there is a
+            file of captions without one of an object.
+        """
+        found = read_names(self.index) if self.index else find_objects(self.root)
+        splits = split_names(found, self.train, self.test, self.index or self.root)
+        left_out = self._left_out(found, splits["train"])
+        return {**splits, "train": [name for name in splits["train"] if name not in left_out]}, left_out
+
+    def _left_out(self, found: list[str], train: list[str]) -> dict[str, str]:
         """Objects that their captions keep from training, with the reason."""
         if self.captions is None:
             return {}
         captions = read_captions(self.captions)
-        words = {
-            name: [word for word in LEFT_OUT_CAPTIONS if word in captions.get(name, "").lower()]
-            for name in self._listed("train")
-        }
-        return {name: f"its caption has {found[0]!r} in it" for name, found in words.items() if found}
-
-    def _listed(self, split: str) -> list[str]:
-        """Names of a split's objects, whatever their captions."""
-        found = read_names(self.index) if self.index else find_objects(self.root)
-        wanted, test = (self.test if split == "test" else self.train), {*self.test}
-        if wanted is None:
-            return [name for name in found if name not in test]
-        missing = sorted({*wanted} - {*found})
-        if missing:
-            place = self.index or self.root
-            raise ValueError(f"{place} has no objects {', '.join(missing)}; it has {', '.join(found[:20])}")
-        return list(wanted)
+        if captions.keys().isdisjoint(found):
+            raise ValueError(
+                f"{self.captions}: none of its {len(captions)} keys is the name of an object, such as {found[:1]}"
+            )
+        words = {name: [word for word in LEFT_OUT_CAPTIONS if word in captions.get(name, "").lower()] for name in train}
+        return {name: f"its caption has {first[0]!r} in it" for name, first in words.items() if first}
 
     def read(self, split: str, id: str) -> PosedImages:
         """The stored views of one object of `ids(split)`; raises as `read_views` does."""
@@ -90,20 +88,50 @@ class FolderSource(Source):
         return views
 
 
+def split_names(
+    found: list[str], train: Sequence[str] | None, test: Sequence[str] | None, place: str
+) -> dict[str, list[str]]:
+    """Names of "train", None for all but test's, and of "test", None for all; ValueError where one is not found."""
+    evaluated = found if test is None else list(test)
+    if train is None:
+        kept = {*evaluated}
+        train = [name for name in found if name not in kept]
+    missing = sorted({*train, *evaluated} - {*found})
+    if missing:
+        raise ValueError(f"{place} has no objects {', '.join(missing[:20])}; it has {', '.join(found[:20])}")
+    return {"train": list(train), "test": evaluated}
+
+
 def check_name(name: str) -> None:
-    """Raises a ValueError unless `name` is a path that cannot lead out of the folder it is below."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or not name.isprintable():
-        raise ValueError(f"{name!r} is no name of an object: expected a path below the source's folder")
+    """Raises a ValueError unless `name` is a path below a folder that cannot lead out of it, in its shortest form."""
+    path = PurePosixPath(name)
+    inside = path.parts and not path.is_absolute() and ".." not in path.parts
+    if not inside or str(path) != name or "\\" in name or not name.isprintable():
+        raise ValueError(
+            f"{name!r} is no name of an object: expected a path below the source's folder, written like dict/inst"
+        )
+
+
+def read_text(path: str | Path, what: str, most: int = MAX_BYTES) -> str:
+    """The content of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+      FileNotFoundError, ValueError: if there is none, it has more than `most` bytes or is no UTF-8; they name the file.
+    """
+    _expect_file(Path(path), what, most)
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: expected {what} ({error})") from error
 
 
 def _read_json(path: str | Path, what: str) -> object:
     """The content of a JSON file; ValueError where it is none."""
-    _expect_file(Path(path), what)
+    text = read_text(path, what)
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no {what}: {error}") from error
+        raise ValueError(f"{path} is no {what.removeprefix('a ')}: {error}") from error
 
 
 def read_names(path: str | Path) -> list[str]:
@@ -112,8 +140,7 @@ def read_names(path: str | Path) -> list[str]:
     An entry of a list that is no text stays, as what it is in JSON behind "no name:", to be refused when it is read.
     """
     if Path(path).suffix != ".json":
-        _expect_file(Path(path), "a list of objects")
-        return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        return [line.strip() for line in read_text(path, "a list of objects").splitlines() if line.strip()]
     content = _read_json(path, "a list of objects")
     if not isinstance(content, list | dict):
         raise ValueError(f"{path}: expected a JSON list of objects, or a JSON object whose keys they are")
@@ -137,11 +164,35 @@ def _view_folders(folder: Path) -> dict[int, Path]:
 def _folders(folder: Path) -> list[str]:
     """Names of the folders in a folder, but for hidden ones: what is unfinished is hidden."""
     with os.scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+        return [entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry)]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is a folder or a link to one; asks the disk about links alone, which may lead to themselves."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
 def _is_number(name: str) -> bool:
     return len(name) == 5 and name.isascii() and name.isdigit()
+
+
+def find_folders(root: Path, holds_object: Callable[[Path, list[str]], bool]) -> list[Path]:
+    """`root`, or all folders below it, that hold an object as told by a function of a folder and the names in it.
+
+    Not searched are folders of objects, hidden ones, and what is reached again through links.
+    """
+
+    def search(folder: Path, above: frozenset[tuple[int, int]]) -> list[Path]:
+        inner = sorted(_folders(folder))
+        if holds_object(folder, inner):
+            return [folder]
+        status = folder.stat()
+        place = status.st_dev, status.st_ino
+        if place in above:
+            return []
+        return [found for name in inner for found in search(folder / name, above | {place})]
+
+    return search(root, frozenset())
 
 
 def find_objects(root: str | Path) -> list[str]:
@@ -158,18 +209,14 @@ def find_objects(root: str | Path) -> list[str]:
         raise FileNotFoundError(f"no folder {root}: expected objects in the GObjaverse layout")
 
     def holds_views(folder: Path, inner: list[str]) -> bool:
+        if folder == root:
+            return False
         files = (
             folder / name / f"{name}{suffix}" for name in inner if _is_number(name) for suffix in (".json", ".png")
         )
         return CAMPOS in inner or any(file.is_file() for file in files)
 
-    def search(folder: Path) -> list[Path]:
-        inner = sorted(_folders(folder))
-        if folder != root and holds_views(folder, inner):
-            return [folder]
-        return [found for name in inner for found in search(folder / name)]
-
-    objects = [str(folder.relative_to(root)) for folder in search(root)]
+    objects = [str(folder.relative_to(root)) for folder in find_folders(root, holds_views)]
     if not objects:
         raise FileNotFoundError(f"an empty data set: no OBJECT/NNNNN/NNNNN.json anywhere below {root}")
     return objects
@@ -202,6 +249,7 @@ def read_views(folder: str | Path, ids: Sequence[int] | None = None) -> PosedIma
         image = read_image(stem.with_suffix(".png"))
         if images and image.shape != images[0].shape:
             raise ValueError(f"{stem}.png is {image.shape[:2]}, the other views are {images[0].shape[:2]}")
+        check_pixels(len(ids), *image.shape[:2], str(folder))
         pose, k = read_camera(stem.with_suffix(".json"), *image.shape[:2])
         images.append(image)
         depths.append(read_depth(Path(f"{stem}_nd.exr"), *image.shape[:2]))
@@ -211,12 +259,19 @@ def read_views(folder: str | Path, ids: Sequence[int] | None = None) -> PosedIma
     return check_views(PosedImages(np.array(ids, np.int32), np.stack(images), np.stack(depths), cameras), str(folder))
 
 
+def check_pixels(views: int, height: int, width: int, origin: str) -> None:
+    """Raises a ValueError if so many views are too much for one object."""
+    if views * height * width > MAX_OBJECT_PIXELS:
+        raise ValueError(f"{origin}: {views} views of {height} x {width}, at most {MAX_OBJECT_PIXELS} pixels expected")
+
+
 def read_image(path: Path) -> UInt8[np.ndarray, "h w 4"]:
     """A PNG, JPEG or WebP with straight alpha; alpha is 255 where the file has none.
 
     Raises:
       FileNotFoundError: where there is none.
-      ValueError: if it is damaged (a PNG's checksums are compared) or larger than MAX_PIXELS or MAX_BYTES.
+      ValueError: if it is damaged (a PNG's checksums are compared), larger than MAX_PIXELS or MAX_BYTES, or holds
+        integers of more than 8 bits or floats, whose range nobody states.
     """
     _expect_file(path, "an image")
     data = path.read_bytes()
@@ -224,6 +279,8 @@ def read_image(path: Path) -> UInt8[np.ndarray, "h w 4"]:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} expected")
+            if image.mode[0] in "IF":
+                raise ValueError(f"its pixels are of Pillow's mode {image.mode}, 8 bits a channel expected")
             image.verify()
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             return np.array(image.convert("RGBA"))
@@ -240,9 +297,8 @@ def read_camera(path: Path, height: int, width: int) -> tuple[Float32[np.ndarray
       FileNotFoundError: where there is none.
       ValueError: if a key is missing or no number, the axes are no rotation, an angle is not between 0 and pi.
     """
-    _expect_file(path, "a camera")
     try:
-        camera = json.loads(path.read_text())
+        camera = json.loads(read_text(path, "a camera", MAX_CAMERA_BYTES))
         columns = [np.array(camera[key], np.float64).reshape(3) for key in ("x", "y", "z", "origin")]
         fov_x, fov_y = float(camera["x_fov"]), float(camera["y_fov"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -264,22 +320,33 @@ def read_channels(path: Path, names: Sequence[str], height: int, width: int) -> 
 
     Raises:
       FileNotFoundError: where there is none.
-      ValueError: if it is no OpenEXR file, lacks a channel, or is of another size: that is known from the header,
-        before anything is decoded.
+      ValueError: if it is no OpenEXR file, lacks a channel, is of another size, deep, or has more parts than one or
+        more channels than MAX_CHANNELS: that is known from the header, before anything is decoded.
     """
     _expect_file(path, f"an OpenEXR file with the channels {', '.join(names)}")
+    data = path.read_bytes()
     try:
-        low, high = OpenEXR.File(str(path), header_only=True).header()["dataWindow"]
-        if low.tolist() != [0, 0] or high.tolist() != [width - 1, height - 1]:
-            raise ValueError(f"its window is {low.tolist()} to {high.tolist()}, its image is {width} x {height}")
-        channels = OpenEXR.File(str(path), separate_channels=True, num_threads=0).channels()
+        _check_header(OpenEXR.File(io.BytesIO(data), header_only=True), height, width)
+        channels = OpenEXR.File(io.BytesIO(data), separate_channels=True, num_threads=0).channels()
         planes = [channels[name].pixels for name in names]
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is no OpenEXR file with channels {', '.join(names)}: {error!r}") from error
     for plane in planes:
         if plane.shape != (height, width) or plane.dtype not in (np.float16, np.float32):
             raise ValueError(f"{path}: channels are {plane.dtype} {plane.shape}, expected floats {(height, width)}")
     return np.stack(planes, axis=-1).astype(np.float32)
+
+
+def _check_header(file: OpenEXR.File, height: int, width: int) -> None:
+    """Raises a ValueError unless decoding the file makes one picture of a size, with few channels."""
+    header = file.header()
+    low, high = header["dataWindow"]
+    if low.tolist() != [0, 0] or high.tolist() != [width - 1, height - 1]:
+        raise ValueError(f"its window is {low.tolist()} to {high.tolist()}, its image is {width} x {height}")
+    if len(file.parts) != 1 or header["type"] not in (OpenEXR.scanlineimage, OpenEXR.tiledimage):
+        raise ValueError(f"it has {len(file.parts)} parts, the first of type {header['type']}")
+    if len(header["channels"]) > MAX_CHANNELS:
+        raise ValueError(f"it has {len(header['channels'])} channels, at most {MAX_CHANNELS} expected")
 
 
 def read_depth(path: Path, height: int, width: int) -> Float32[np.ndarray, "h w"]:
@@ -290,8 +357,8 @@ def read_depth(path: Path, height: int, width: int) -> Float32[np.ndarray, "h w"
     return np.where(depth < _SKY, depth, 0.0).astype(np.float32)
 
 
-def _expect_file(path: Path, what: str) -> None:
+def _expect_file(path: Path, what: str, most: int = MAX_BYTES) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: expected {what}")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes: expected {what} of at most {MAX_BYTES}")
+    if path.stat().st_size > most:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes: expected {what} of at most {most}")

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from geolrm_jax.data.folder import read_image
+from geolrm_jax.data.builders.workers import count_workers
+from geolrm_jax.data.folder import CAMPOS, check_name, read_image
 from geolrm_jax.data.mesh_files import SUFFIXES
 from geolrm_jax.data.mesh_objects import UNFINISHED, RenderConfig
 from geolrm_jax.data.mesh_rendering import Variant, choose_variant
@@ -72,6 +72,7 @@ def render_meshes(
       OSError: if Mitsuba does not start.
     """
     meshes, out, config = Path(meshes), Path(out), config or RenderConfig()
+    processes = count_workers(processes)
     found, rejected = find_meshes(meshes)
     if not found:
         raise ValueError(f"no mesh below {meshes}: expected files that end in {', '.join(SUFFIXES)}")
@@ -80,11 +81,14 @@ def render_meshes(
     with _alone(out):
         _keep_config(out, config)
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-        tasks = [task for task in found if not (out / task.id).is_dir()]
+        taken = {task: reason for task in found if (reason := _taken(out, task.id, config))}
+        rejected |= {str(task.mesh.relative_to(meshes)): reason for task, reason in taken.items()}
+        found = [task for task in found if task not in taken]
+        tasks = [task for task in found if not _is_finished(out / task.id, config)]
         _write_json(out / REJECTED_FILE, rejected)
         views, total = collections.Counter(), len(tasks) * len(config.views)
         advance(0, total)
-        for task, kind, reason in render_all(tasks, out, config, variant, processes or os.cpu_count() or 1):
+        for task, kind, reason in render_all(tasks, out, config, variant, processes):
             views[task] += kind == "view"
             if kind == "rejected":
                 views[task] = len(config.views)
@@ -92,18 +96,32 @@ def render_meshes(
                 _write_json(out / REJECTED_FILE, rejected)
             advance(views.total(), total)
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-        objects = [out / task.id for task in found if (out / task.id).is_dir()]
+        objects = [task.id for task in found if _is_finished(out / task.id, config)]
         if objects:
             with written_whole(out / SHEET_FILE) as temporary:
-                Image.fromarray(draw_sheet(objects, config.views)).save(temporary)
+                Image.fromarray(draw_sheet(out, objects, config.views)).save(temporary)
     finished = len(found) - len(tasks)
     return RenderReport(len(objects) - finished, finished, rejected, variant)
 
 
-def find_meshes(folder: Path) -> tuple[list[Task], dict[str, str]]:
-    """All mesh files at any depth, by name, and those whose object would take another's place, with the reason.
+def _is_finished(folder: Path, config: RenderConfig) -> bool:
+    """Whether the folder is an object: it gets its name with all its views in it."""
+    return (folder / f"{config.views[0]:05d}").is_dir()
 
-    Of files that differ by their suffix alone, the first in the order of SUFFIXES stays.
+
+def _taken(out: Path, id: str, config: RenderConfig) -> str | None:
+    """Why an object of that name would lie around or within others that were rendered before, if it would."""
+    if (out / id).exists() and not _is_finished(out / id, config):
+        return f"{out / id} is there and holds something else: remove it"
+    above = [out / parent for parent in PurePosixPath(id).parents[:-1] if _is_finished(out / parent, config)]
+    return f"its object would lie within {above[0]}, which is another: remove that" if above else None
+
+
+def find_meshes(folder: Path) -> tuple[list[Task], dict[str, str]]:
+    """All mesh files at any depth, by name, and those whose object would have no usable name, with the reason.
+
+    Names are hidden, odd (see `folder.check_name`), or another's: of files that differ by their suffix alone, the first
+    in the order of SUFFIXES stays.
 
     Raises:
       FileNotFoundError: if there is no such folder.
@@ -116,7 +134,9 @@ def find_meshes(folder: Path) -> tuple[list[Task], dict[str, str]]:
     rejected = {}
     for path in files:
         id = path.relative_to(folder).with_suffix("").as_posix()
-        if id in found:
+        if odd := _odd(id):
+            rejected[str(path.relative_to(folder))] = odd
+        elif id in found:
             rejected[str(path.relative_to(folder))] = f"{found[id].relative_to(folder)} has the same name"
         else:
             found[id] = path
@@ -128,18 +148,35 @@ def find_meshes(folder: Path) -> tuple[list[Task], dict[str, str]]:
     return [Task(id, found[id]) for id in sorted(found)], rejected
 
 
-def draw_sheet(objects: Sequence[Path], views: Sequence[int]) -> UInt8[np.ndarray, "h w 3"]:
-    """Rows of up to 6 views over white, of up to 24 objects in the GObjaverse layout, evenly chosen."""
+def _odd(id: str) -> str | None:
+    """Why no object can have that name, if none can."""
+    if any(part.startswith(".") for part in PurePosixPath(id).parts):
+        return "its name is hidden, and hidden objects are not found"
+    if CAMPOS in PurePosixPath(id).parts:
+        return f"{CAMPOS} holds an object's views"
+    try:
+        check_name(id)
+    except ValueError as error:
+        return str(error)
+    return None
 
-    def picture(folder: Path, view: int) -> np.ndarray:
-        rgba = Image.fromarray(read_image(folder / f"{view:05d}" / f"{view:05d}.png"))
+
+def draw_sheet(folder: Path, objects: Sequence[str], views: Sequence[int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Rows of up to 6 views over white, of up to 24 objects in the GObjaverse layout, evenly chosen, with names."""
+
+    def picture(id: str, view: int) -> Image.Image:
+        rgba = Image.fromarray(read_image(folder / id / f"{view:05d}" / f"{view:05d}.png"))
         white = Image.new("RGBA", rgba.size, "white")
         white.alpha_composite(rgba)
-        return np.array(white.convert("RGB").resize((_SHEET_SIZE, _SHEET_SIZE), Image.Resampling.BOX))
+        return white.convert("RGB").resize((_SHEET_SIZE, _SHEET_SIZE), Image.Resampling.BOX)
 
-    return contact_sheet(
-        [[picture(o, v) for v in _spread(views, _SHEET_VIEWS)] for o in _spread(objects, _SHEET_OBJECTS)]
-    )
+    def row(id: str) -> list[np.ndarray]:
+        pictures = [picture(id, view) for view in _spread(views, _SHEET_VIEWS)]
+        # The font that Pillow brings along may have no more than ASCII.
+        ImageDraw.Draw(pictures[0]).text((2, 1), id.encode("ascii", "replace").decode(), fill="black")
+        return [np.array(picture) for picture in pictures]
+
+    return contact_sheet([row(id) for id in _spread(objects, _SHEET_OBJECTS)])
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:

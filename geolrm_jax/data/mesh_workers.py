@@ -46,28 +46,39 @@ def render_all(
     """
     waiting = collections.deque(tasks)
     idle: list[_Worker] = []
-    busy: dict[Connection, tuple[_Worker, Task]] = {}
+    busy: dict[Connection, tuple[_Worker, Task | None]] = {}  # None: it starts
     try:
-        while waiting or busy:
-            while waiting and len(busy) < processes:
-                worker = idle.pop() if idle else _start(out, config, variant)
-                task = waiting.popleft()
+        while waiting or any(task for _, task in busy.values()):
+            while waiting and idle:
+                worker, task = idle.pop(), waiting.popleft()
                 worker.connection.send(task)
                 busy[worker.connection] = worker, task
+            starting = sum(task is None for _, task in busy.values())
+            for _ in range(min(processes - len(busy), len(waiting) - starting)):
+                worker = _start(out, config, variant)
+                busy[worker.connection] = worker, None
             for connection in multiprocessing.connection.wait(list(busy)):
                 worker, task = busy[connection]
                 try:
                     kind, reason = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    kind, reason = "rejected", f"its renderer ended, {_exit(worker.process)}"
                     del busy[connection]
+                    if task is None:
+                        raise OSError(
+                            f"Mitsuba ({variant}) does not start: its process ended, {_exit(worker.process)}; see "
+                            "above, and the variable DRJIT_LIBLLVM_PATH"
+                        ) from None
+                    kind, reason = "rejected", f"its renderer ended, {_exit(worker.process)}"
                 else:
                     if kind != "view":
                         idle.append(busy.pop(connection)[0])
-                yield Event(task, kind, reason)
+                if task is not None:
+                    yield Event(task, kind, reason)
     finally:
-        for worker in (*idle, *(worker for worker, _ in busy.values())):
+        workers = [*idle, *(worker for worker, _ in busy.values())]
+        for worker in workers:
             worker.process.terminate()
+        for worker in workers:
             worker.process.join()
 
 
@@ -78,13 +89,6 @@ def _start(out: Path, config: RenderConfig, variant: Variant) -> _Worker:
     process = context.Process(target=_work, args=(theirs, out, config, variant), daemon=True)
     process.start()
     theirs.close()  # so that the end of the process is the end of the pipe
-    try:
-        ours.recv()
-    except EOFError:
-        raise OSError(
-            f"Mitsuba ({variant}) does not start: its process ended, {_exit(process)}; see above, and the variable "
-            "DRJIT_LIBLLVM_PATH"
-        ) from None
     return _Worker(process, ours)
 
 
@@ -102,7 +106,7 @@ def _work(connection: Connection, out: Path, config: RenderConfig, variant: Vari
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     mitsuba.set_variant(variant)
     drjit.set_thread_count(1)
-    connection.send("ready")
+    connection.send(("ready", ""))
     while True:
         try:
             task = connection.recv()

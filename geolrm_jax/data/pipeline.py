@@ -22,7 +22,8 @@ from absl import flags
 
 from geolrm_jax.data.augmentation import Augmentation
 from geolrm_jax.data.examples import ViewRule, choose_views, make_example
-from geolrm_jax.data.reader import RecordSource, open_split
+from geolrm_jax.data.on_demand import Records, RenderedSource
+from geolrm_jax.data.reader import open_split
 from geolrm_jax.data.record import DamagedRecord
 from geolrm_jax.scene import Batch
 
@@ -77,7 +78,7 @@ def record_order(lengths: Sequence[int], weights: Sequence[float], seed: int) ->
 
 
 def training_dataset(
-    source: RecordSource,
+    source: Records,
     *,
     batch: int,
     views: int,
@@ -117,6 +118,10 @@ def training_dataset(
         raise ValueError(f"expected 0 < inputs <= views, got inputs={inputs}, views={views}")
     if batch % shard[1]:
         raise ValueError(f"a batch of {batch} objects cannot be shared by {shard[1]} processes")
+    if config.processes and isinstance(source, RenderedSource):
+        raise ValueError(
+            f"objects are rendered on demand in the training process: processes must be 0, got {config.processes}"
+        )
     sources = [source, *(open_split(root, "train") for root, _ in config.mixed)]
     _check_sources(sources)
     reader = _ReadBatch(
@@ -134,12 +139,12 @@ def training_dataset(
     return _TrainingDataset(reader, batch, shard[1], config, report)
 
 
-def _check_sources(sources: Sequence[RecordSource]) -> None:
+def _check_sources(sources: Sequence[Records]) -> None:
     """Raises a ValueError unless every set has records and all have one occupancy grid."""
     for source in sources:
         if len(source) == 0:
             raise ValueError(f"{source!r} is empty")
-    grids = {str(source.directory): source.config["occupancy_grid"] for source in sources}
+    grids = {repr(source): source.config["occupancy_grid"] for source in sources}
     if len(set(grids.values())) > 1:
         raise ValueError(f"sets that are mixed need one occupancy_grid, got {grids}")
 
@@ -156,7 +161,7 @@ class Damage(NamedTuple):
 class _ReadBatch(grain.transforms.Map):
     """Reads this process's rows of the batch that starts at a position; runs in threads and worker processes."""
 
-    sources: tuple[RecordSource, ...]
+    sources: tuple[Records, ...]
     order: grain.MapDataset
     rows: range
     views: int
@@ -210,13 +215,13 @@ class _ReadBatch(grain.transforms.Map):
             f"{self.sources}: {_ATTEMPTS} records tried for one example, all damaged: {_listed(_reasons(damaged))}"
         )
 
-    def locate(self, number: int) -> tuple[int, RecordSource]:
+    def locate(self, number: int) -> tuple[int, Records]:
         """The set that a record belongs to, and the number of its first record."""
         ends = list(itertools.accumulate(len(source) for source in self.sources))
         which = bisect.bisect_right(ends, number)
         return ends[which] - len(self.sources[which]), self.sources[which]
 
-    def decode(self, source: RecordSource, row: int, number: int, rng: np.random.Generator) -> Batch:
+    def decode(self, source: Records, row: int, number: int, rng: np.random.Generator) -> Batch:
         """One record as an example."""
         record = source[row]
         try:

@@ -38,7 +38,7 @@ class Distribution:
     wire: float = 0.15
     """Of one that is none of these: only ribs along its edges, or its lines of latitude and longitude, stay."""
     displaced: float = 0.3
-    """Of one that is no wire: three sine waves move its surface in and out."""
+    """Of one that is no wire: three waves move its surface in and out."""
     lit: float = 0.8
     """Of an object: the light has a random direction, from above, and strength; else all have the same."""
 
@@ -104,7 +104,7 @@ def _light(key: Key[Array, ""], random: Array) -> Float[Array, "4"]:
     return jnp.where(random, drawn, usual)
 
 
-def _draw(key: Key[Array, ""], distribution: Distribution, unseen_family: bool) -> sdf.Shapes:
+def draw_object(key: Key[Array, ""], distribution: Distribution, unseen_family: bool) -> sdf.Shapes:
     """An object at its own scale, not yet fitted into the cube."""
     keys = iter(jax.random.split(key, 32))
     n = MAX_PRIMITIVES
@@ -159,6 +159,7 @@ def _draw(key: Key[Array, ""], distribution: Distribution, unseen_family: bool) 
         waves=waves,
         light=light,
         radius=jnp.float32(jnp.inf),
+        branching=jax.default_backend() == "cpu",
     )
 
 
@@ -182,7 +183,7 @@ def _bounds(shapes: sdf.Shapes, low: Float[Array, "3"], high: Float[Array, "3"])
 def _fit(shapes: sdf.Shapes) -> sdf.Shapes:
     """The object moved and scaled into the cube: centred, its longest side just below LONGEST_SIDE."""
     centers = -jnp.linalg.solve(shapes.local_from_world, shapes.offset[..., None])[..., 0]
-    reach = 2.5 * shapes.size.max(axis=-1, keepdims=True)
+    reach = 2.5 * shapes.size.max(axis=-1, keepdims=True) + 1.25 * shapes.relief[:, None]
     used = (jnp.arange(MAX_PRIMITIVES) < shapes.count)[:, None]
     low = jnp.where(used, centers - reach, jnp.inf).min(axis=0)
     high = jnp.where(used, centers + reach, -jnp.inf).max(axis=0)
@@ -211,4 +212,4 @@ def random_object(
       distribution: what it is drawn from.
       unseen_family: the first primitive, and about half of the others, are of UNSEEN_FAMILY; else none is.
     """
-    return _fit(_draw(key, distribution, unseen_family))
+    return _fit(draw_object(key, distribution, unseen_family))

@@ -3,6 +3,8 @@
 import bisect
 import functools
 import itertools
+import resource
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +13,23 @@ from google.protobuf import json_format
 
 from geolrm_jax.data.builders.config import read_config
 from geolrm_jax.data.builders.layout import KINDS, VERSION, object_fields, stored_view
-from geolrm_jax.data.record import DamagedRecord, Record, StoredView
+from geolrm_jax.data.record import DamagedRecord, Record, StoredView, reading_error
 
 __all__ = ["DamagedRecord", "RecordSource", "open_split"]
+
+_OTHER_FILES = 256  # that a process may hold open beside shards
+_open_sources: weakref.WeakSet["RecordSource"] = weakref.WeakSet()
+
+
+def _allow_open_files(shards: int) -> None:
+    """Raises this process's limit of open files, where so many shards need it; OSError where it cannot be raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = shards + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise OSError(f"{shards} files of shards need `ulimit -n {needed}`; this process may open {hard} files at most")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class RecordSource:
@@ -42,6 +58,9 @@ class RecordSource:
         # Where each shard's objects end, and where its views begin.
         self._ends = list(itertools.accumulate(self.shard_lengths[0]))
         self._first_views = [0, *itertools.accumulate(self.shard_lengths[1])]
+        self._files = sum(map(len, self.shard_lengths))  # opened when they are read, and kept open
+        _open_sources.add(self)
+        _allow_open_files(sum(source._files for source in _open_sources))
 
     def __len__(self) -> int:
         return len(self._objects)
@@ -52,6 +71,7 @@ class RecordSource:
         Raises:
           IndexError: if there is no such record.
           DamagedRecord: if it cannot be read.
+          OSError: if the machine is short of open files or memory.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self!r} has {len(self)} records, no record {index}")
@@ -61,8 +81,8 @@ class RecordSource:
             return Record(**fields, read_views=functools.partial(self._read_views, first_view))
         except DamagedRecord:
             raise
-        except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
-            raise DamagedRecord(f"{self.split}[{index}]", str(error)) from error
+        except (ValueError, TypeError, LookupError, OSError, RuntimeError) as error:
+            raise reading_error(f"{self.split}[{index}]", error) from error
 
     def _read_views(self, first_view: int, rows: Sequence[int]) -> list[StoredView]:
         """The stored views in positions `rows` of an object.
@@ -85,5 +105,6 @@ def open_split(directory: Path | str, split: str) -> RecordSource:
     Raises:
       FileNotFoundError: if the directory holds no finished set.
       ValueError: if the set has no such split or another format version.
+      OSError: if its shards are more files than this process may open.
     """
     return RecordSource(directory, split)

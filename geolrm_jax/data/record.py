@@ -35,8 +35,10 @@ the cube, whose diagonal is 1.73.
 """
 
 import dataclasses
+import errno
 import functools
 import io
+import os
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -51,6 +53,8 @@ FORMAT_VERSION = 2
 Encoding = Literal["raw", "png"]
 OccupancyFrom = Literal["depth", "silhouettes"]
 _DEPTH_STEPS = 65534
+# Of open files and memory; ArrayRecord raises them as RuntimeErrors.
+_SHORTAGES = tuple(os.strerror(code) for code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM))
 _PNG_LEVEL = 1  # of 9: higher ones cost far more time than they save bytes
 
 
@@ -79,6 +83,13 @@ class DamagedRecord(ValueError):
 
     def __reduce__(self):
         return DamagedRecord, (self.id, self.reason)
+
+
+def reading_error(id: str, error: Exception) -> DamagedRecord | OSError:
+    """What to raise for an error while the record `id` was read: an OSError where the machine is short of something."""
+    if any(text in str(error) for text in _SHORTAGES):
+        return OSError(f"{id}: {error}")
+    return DamagedRecord(id, str(error))
 
 
 def check_views(views: PosedImages, origin: str) -> PosedImages:
@@ -160,7 +171,7 @@ def _decode(data: bytes, dtype: str, shape: tuple[int, ...], encoding: str) -> n
         return np.asarray(image, dtype).reshape(shape)
 
 
-def _quantize(depth: Float32[np.ndarray, "h w"]) -> tuple[UInt16[np.ndarray, "h w"], tuple[float, float]]:
+def quantize_depth(depth: Float32[np.ndarray, "h w"]) -> tuple[UInt16[np.ndarray, "h w"], tuple[float, float]]:
     """Depth as steps, 0 where missing, with its (near, far)."""
     present = depth > 0.0
     if not present.any():
@@ -237,7 +248,7 @@ class Record:
         check_views(views, id)
         stored, limits = [], []
         for view, image, depth in zip(views.view_ids.tolist(), views.rgba, views.depth, strict=True):
-            steps, near_far = _quantize(depth)
+            steps, near_far = quantize_depth(depth)
             stored.append(StoredView(id, view, _encode(image, encoding), _encode(steps, encoding)))
             limits.append(near_far)
         return cls(
@@ -272,6 +283,7 @@ class Record:
         Raises:
           ValueError: if the record has no such view.
           DamagedRecord: if a view cannot be read.
+          OSError: if the machine is short of open files or memory.
         """
         rows = list(range(len(self.view_ids))) if ids is None else find_rows(self.view_ids, ids, self.id)
         rgba, depth = np.empty((len(rows), *self.size, 4), np.uint8), np.empty((len(rows), *self.size), np.float32)
@@ -282,6 +294,6 @@ class Record:
                 rgba[place] = _decode(view.image, "u1", (*self.size, 4), self.encoding)
                 steps = _decode(view.depth, "<u2", self.size, self.encoding)
                 _dequantize(steps, self.depth_range[row], depth[place])
-        except (ValueError, OSError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DamagedRecord(self.id, str(error)) from error
+        except (ValueError, IndexError, OSError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
+            raise reading_error(self.id, error) from error
         return PosedImages(self.view_ids[rows], rgba, depth, self.cameras(rows))

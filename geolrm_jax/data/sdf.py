@@ -1,17 +1,20 @@
 """Objects as signed distances: primitives under affine maps, displaced, as wires, joined, carved, hollowed, textured.
 
 Points travel as three separate arrays x, y, z: every step is then one fused loop over rays, on a CPU too. An object
-loops over its own number of primitives and branches on their kinds, so that a simple object costs what it holds.
+loops over its own number of primitives and branches on their kinds, so that a simple object costs what it holds: on
+a CPU.
 """
 
 import functools
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from geolrm_jax.scene import pytree
+from geolrm_jax.scene import pytree, static_field
 
 UNION, DIFFERENCE = 0, 1
 _SIN60 = math.sin(math.radians(60.0))
@@ -41,6 +44,8 @@ class Shapes:
       pattern: (w, f): direction of the texture, and its periods per local unit.
       light: direction towards the light, and the share of the colour that needs no light.
       radius: of a sphere around the origin that holds the object.
+      branching: whether only what an object has is evaluated. A CPU gains by that; an accelerator would wait at every
+        branch for the host, and evaluates all kinds of P primitives, of which it takes what is meant.
     """
 
     count: Int[Array, ""]
@@ -61,6 +66,7 @@ class Shapes:
     pattern: Float[Array, "p 4"]
     light: Float[Array, "4"]
     radius: Float[Array, ""]
+    branching: bool = static_field()
 
 
 def _length(*components: Array) -> Array:
@@ -192,9 +198,8 @@ RIBS = {
 }
 
 
-def _ribs(solid: Array, q: Points, kind: Array, size: Float[Array, "3"], thickness: Float[Array, ""]) -> Array:
+def _ribs(solid: Array, ribs: Array, thickness: Float[Array, ""]) -> Array:
     """Only those parts of a primitive's surface that lie along its ribs, in rods of square section."""
-    ribs = jax.lax.switch(kind, tuple(RIBS[name] for name in PRIMITIVES), q, size)
     return jnp.maximum(jnp.abs(solid), ribs) - thickness
 
 
@@ -223,14 +228,42 @@ def local_points(shapes: Shapes, i: Int[Array, ""], points: Points) -> Points:
     return tuple(m[r, 0] * x + m[r, 1] * y + m[r, 2] * z + b[r] for r in range(3))
 
 
+def _one_of(shapes: Shapes, which: Int[Array, ""], functions: Iterable[Callable[..., Array]], *arguments) -> Array:
+    """What the function of a number gives."""
+    if shapes.branching:
+        return jax.lax.switch(which, tuple(functions), *arguments)
+    return jax.lax.select_n(which, *(function(*arguments) for function in functions))
+
+
+def _if(shapes: Shapes, condition: Bool[Array, ""], function: Callable[[Array], Array], value: Array) -> Array:
+    """The value itself, or what a function makes of it."""
+    if shapes.branching:
+        return jax.lax.cond(condition, function, lambda same: same, value)
+    return jnp.where(condition, function(value), value)
+
+
+def _over_primitives(shapes: Shapes, add: Callable[[Int[Array, ""], Any], Any], start: Any) -> Any:
+    """`add(i, carry)` for every primitive that is in use."""
+    if shapes.branching:
+        return jax.lax.fori_loop(0, shapes.count, add, start)
+
+    def add_if_used(i, carry):
+        return jax.tree.map(lambda new, old: jnp.where(i < shapes.count, new, old), add(i, carry), carry)
+
+    return jax.lax.fori_loop(0, len(shapes.kind), add_if_used, start)
+
+
 def _primitive_distance(shapes: Shapes, i: Int[Array, ""], q: Points) -> Float[Array, "*rays"]:
     """World-distance bound of primitive `i` alone, in relief, as a wire or a shell, at points of its own frame."""
     kind, size = shapes.kind[i], shapes.size[i]
-    solid = jax.lax.switch(kind, tuple(PRIMITIVES.values()), q, size)
     height, waves, thickness = shapes.relief[i], shapes.waves[i], shapes.wire[i]
-    solid = jax.lax.cond(height > 0.0, lambda d: _displaced(d, q, height, waves), lambda d: d, solid)
-    solid = jax.lax.cond(thickness > 0.0, lambda d: _ribs(d, q, kind, size, thickness), lambda d: d, solid)
-    solid = shapes.scale[i] * solid
+
+    def along_ribs(solid):
+        return _ribs(solid, _one_of(shapes, kind, [RIBS[name] for name in PRIMITIVES], q, size), thickness)
+
+    solid = _one_of(shapes, kind, PRIMITIVES.values(), q, size)
+    solid = _if(shapes, height > 0.0, lambda d: _displaced(d, q, height, waves), solid)
+    solid = shapes.scale[i] * _if(shapes, thickness > 0.0, along_ribs, solid)
     shell, opening = shapes.shell[i], shapes.opening[i]
     cut = shapes.scale[i] * (opening[0] * q[0] + opening[1] * q[1] + opening[2] * q[2] - opening[3])
     return jnp.where(shell > 0.0, jnp.maximum(jnp.abs(solid) - shell, cut), solid)
@@ -250,14 +283,18 @@ def distance(shapes: Shapes, points: Points) -> Float[Array, "*rays"]:
     def add(i, total):
         return _combine(shapes, i, total, _primitive_distance(shapes, i, local_points(shapes, i, points)))
 
-    return jax.lax.fori_loop(0, shapes.count, add, jnp.full(points[0].shape, 1e3, points[0].dtype))
+    return _over_primitives(shapes, add, jnp.full(points[0].shape, 1e3, points[0].dtype))
 
 
 def distance_and_gradient(shapes: Shapes, points: Points) -> tuple[Float[Array, "*rays"], Points]:
-    """`distance` and its three derivatives."""
-    one, zero = jnp.ones_like(points[0]), jnp.zeros_like(points[0])
-    value, derivative = jax.linearize(lambda *p: distance(shapes, p), *points)
-    return value, (derivative(one, zero, zero), derivative(zero, one, zero), derivative(zero, zero, one))
+    """`distance` and its three derivatives, forward through the loop over primitives: nothing is kept of its turns."""
+
+    def along(axis: Array) -> tuple[Array, Array]:
+        tangents = tuple(jnp.full_like(x, axis[i]) for i, x in enumerate(points))
+        return jax.jvp(lambda *p: distance(shapes, p), points, tangents)
+
+    value, gradient = jax.vmap(along, out_axes=(None, 0))(jnp.eye(3, dtype=points[0].dtype))
+    return value, tuple(gradient)
 
 
 def _hash(x: Array, y: Array, z: Array) -> Array:
@@ -309,11 +346,11 @@ def color(shapes: Shapes, points: Points) -> Float[Array, "3 *rays"]:
         direction, frequency = shapes.pattern[i, :3], shapes.pattern[i, 3]
         p = tuple(c * frequency for c in q)
         along = direction[0] * p[0] + direction[1] * p[1] + direction[2] * p[2]
-        mix = jax.lax.switch(shapes.texture[i], tuple(TEXTURES.values()), p, along)
+        mix = _one_of(shapes, shapes.texture[i], TEXTURES.values(), p, along)
         first, second = shapes.colors[i]
         shade = [first[c] + mix * (second[c] - first[c]) for c in range(3)]
         return weights + weight, tuple(t + weight * s for t, s in zip(total, shade, strict=True))
 
     zero = jnp.zeros_like(points[0])
-    weights, total = jax.lax.fori_loop(0, shapes.count, add, (zero, (zero, zero, zero)))
+    weights, total = _over_primitives(shapes, add, (zero, (zero, zero, zero)))
     return jnp.stack(total) / weights

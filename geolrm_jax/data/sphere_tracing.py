@@ -20,7 +20,7 @@ TILE = 8
 SAMPLES = np.array([[0.5, 0.5], [0.375, 0.125], [0.875, 0.375], [0.125, 0.625], [0.625, 0.875]], np.float32)
 _HALF_DIAGONAL = 0.5 * 2.0**0.5
 _TOLERANCE = 2e-4
-_ROUNDS, _STEPS = 12, 6
+_ROUNDS, _STEPS, _LATE_STEPS = 8, 6, 40
 
 Rays = tuple[Float[Array, "3 n"], Float[Array, "3 n"]]
 
@@ -62,10 +62,10 @@ def _march(shapes: sdf.Shapes, rays: Rays, z, far, spread, block: int) -> Float[
 
     A ball of radius D around the axis point at z holds no surface. The cone's cross-sections up to z + s lie inside it
     while |d| s + (z + s) spread <= D: that is the step. Rays under way are gathered anew every few steps: most need
-    few, some that graze the surface need many.
+    few, those that graze the surface need many, which the later rounds have.
     """
 
-    def advance(indices, carry):
+    def advance(steps, indices, carry):
         z, under_way = carry
         near, r, end, wide = _pick((z, rays, far, spread), indices)
         pace = 1.0 / (jnp.sqrt(sum(d * d for d in r[1])) + wide)
@@ -76,12 +76,13 @@ def _march(shapes: sdf.Shapes, rays: Rays, z, far, spread, block: int) -> Float[
             going = (room > 0.5 * wide * depth + _TOLERANCE) & (depth < end)
             return jnp.where(going, depth + room * pace, depth), going
 
-        depth, going = jax.lax.fori_loop(0, _STEPS, step, (near, jnp.ones(indices.shape, bool)))
+        depth, going = jax.lax.fori_loop(0, steps, step, (near, jnp.ones(indices.shape, bool)))
         return z.at[indices].set(depth), under_way.at[indices].set(going)
 
     def next_round(state):
         i, z, under_way = state
-        return i + 1, *_for_selected(under_way, advance, (z, under_way), block)
+        steps = jnp.where(i < _ROUNDS // 2, _STEPS, _LATE_STEPS)
+        return i + 1, *_for_selected(under_way, functools.partial(advance, steps), (z, under_way), block)
 
     state = (0, z, z < far)
     return jax.lax.while_loop(lambda s: (s[0] < _ROUNDS) & s[2].any(), next_round, state)[1]
@@ -112,9 +113,9 @@ def _tile_limits(shapes: sdf.Shapes, rays: Rays, spread: Float[Array, "t"]) -> t
     return near, jnp.where(clearance > shapes.radius, 0.0, far)
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "block"))
+@functools.partial(jax.jit, static_argnames=("chunk", "block", "samples"))
 def render(
-    shapes: sdf.Shapes, cameras: Cameras, chunk: int = 256, block: int = 4096
+    shapes: sdf.Shapes, cameras: Cameras, chunk: int = 1024, block: int = 4096, samples: int = len(SAMPLES)
 ) -> tuple[Float[Array, "v h w 4"], Float[Array, "v h w"], Float[Array, "v h w 3"]]:
     """Colour, coverage, depth and normals of one object.
 
@@ -123,9 +124,10 @@ def render(
       cameras: (V,).
       chunk: tiles worked on at a time, which bounds the memory.
       block: rays worked on at a time: small for a CPU's cache, large for an accelerator.
+      samples: of a pixel; 1 is its centre alone, which serves for depth and normals.
 
     Returns:
-      rgba in [0, 1] with straight alpha, both averages over five samples; depth, the camera z at the pixel's centre, 0
+      rgba in [0, 1] with straight alpha, both averages over the samples; depth, the camera z at the pixel's centre, 0
       where that misses; normals there, world axes, zero where it misses.
     """
     views, rows, columns = len(cameras.intrinsics), -(-cameras.height // TILE), -(-cameras.width // TILE)
@@ -146,19 +148,19 @@ def render(
         z, end, spread = (jnp.repeat(x, TILE * TILE) for x in (z, end, spread))
         z = _march(shapes, _rays(cameras, tile_views, pixels + 0.5), z, end, spread, block)
 
-        samples = (pixels[:, :, None] + SAMPLES).reshape(chunk, -1, 2)
-        rays = _rays(cameras, tile_views, samples)
-        z, end = (jnp.repeat(x, len(SAMPLES)) for x in (z, end))
+        positions = (pixels[:, :, None] + SAMPLES[:samples]).reshape(chunk, -1, 2)
+        rays = _rays(cameras, tile_views, positions)
+        z, end = (jnp.repeat(x, samples) for x in (z, end))
         z = _march(shapes, rays, z, end, jnp.zeros_like(z), block)
 
         def shade(indices, shaded):
             return shaded.at[:, indices].set(_shade(shapes, *_pick((rays, z), indices)))
 
         shaded = _for_selected(z < end, shade, jnp.zeros((8, z.shape[0])), block)
-        shaded = shaded.reshape(8, chunk, TILE * TILE, len(SAMPLES))
+        shaded = shaded.reshape(8, chunk, TILE * TILE, samples)
         hits = shaded[3].sum(-1)
         color = shaded[:3].sum(-1) / jnp.maximum(hits, 1.0)
-        picture = jnp.concatenate([color, hits[None] / len(SAMPLES), shaded[4:, ..., 0]])
+        picture = jnp.concatenate([color, hits[None] / samples, shaded[4:, ..., 0]])
         return pictures.at[chosen].set(jnp.moveaxis(picture, 0, -1))
 
     pictures = _for_selected(start < far, render_tiles, jnp.zeros((tiles, TILE * TILE, 8)), chunk)

@@ -42,6 +42,8 @@ class Protocol:
     """Gaussians fainter than this are no surface."""
     fscore_thresholds: tuple[float, ...] = (0.2, 0.05, 0.02, 0.01)
     """Distances, after scaling, under which a point counts as matched; 0.2 is the paper's."""
+    split: str = "test"
+    """Split of the set whose objects are evaluated: "test", or another that the set has."""
 
     def __post_init__(self):
         check_input_size(self.input_size, self.input_size)

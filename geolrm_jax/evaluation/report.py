@@ -191,6 +191,7 @@ def _facts(results: EvaluationResults, report: Mapping[str, Any]) -> str:
         ["checkpoint", f"step {results.checkpoint_step:,}"],
         ["objects", f"{len(results.objects)}; SHA-256 of the list {report['config']['object_list_sha256']}"],
         ["views", " | ".join(chosen) + (" | …" if len(views) > 3 else "")],
+        ["split of the set", protocol.split],
         ["sizes", f"inputs {protocol.input_size}², compared at {protocol.render_size}² pixels"],
         ["LPIPS weights", f"SHA-256 {results.lpips_sha256}" if results.lpips_sha256 else LPIPS_OFF],
         ["code", "installed package" if git is None else git["commit"] + (", with local changes" * git["dirty"])],

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from geolrm_jax.data.examples import make_example
-from geolrm_jax.data.reader import RecordSource
+from geolrm_jax.data.on_demand import Records
 from geolrm_jax.data.record import Record
 from geolrm_jax.evaluation.protocol import Protocol, choose_inputs, nearest_view_baseline, white_baseline
 from geolrm_jax.evaluation.results import ImageScores, ObjectResult, Pictures
@@ -32,7 +32,7 @@ SURFACE = "centres of Gaussians with opacity above 0.5"
 
 def evaluate_objects(
     model: Model,
-    records: RecordSource,
+    records: Records,
     chosen: Sequence[int],
     protocol: Protocol,
     *,

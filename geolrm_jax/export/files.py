@@ -17,6 +17,8 @@ def written_whole(path: Path | str) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # the name must not be on disk before the content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

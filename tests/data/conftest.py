@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from geolrm_jax.data.builders.records import DataConfig, build
+from geolrm_jax.data.builders.config import DataConfig
+from geolrm_jax.data.builders.records import build
 from geolrm_jax.data.procedural import ProceduralSource
 
 TINY = DataConfig(

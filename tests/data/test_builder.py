@@ -16,8 +16,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 from geolrm_jax.data.builders import records, shards
+from geolrm_jax.data.builders.config import DataConfig, read_config
 from geolrm_jax.data.builders.layout import KINDS, VERSION
-from geolrm_jax.data.builders.records import DataConfig, build, make_record, read_config
+from geolrm_jax.data.builders.records import build
+from geolrm_jax.data.builders.shards import make_record
 from geolrm_jax.data.folder import FolderSource
 from geolrm_jax.data.procedural import ProceduralSource
 from geolrm_jax.data.reader import DamagedRecord, open_split
@@ -112,7 +114,8 @@ def test_interrupted_build_goes_on_and_gives_the_same_bytes(folder_config, tmp_p
 
 PROGRAM = """
 import sys
-from geolrm_jax.data.builders.records import DataConfig, build
+from geolrm_jax.data.builders.config import DataConfig
+from geolrm_jax.data.builders.records import build
 from geolrm_jax.data.folder import FolderSource
 if __name__ == "__main__":
     source = FolderSource(sys.argv[1], train={train!r}, test=("plate",), train_views={views!r}, test_views={views!r})
@@ -165,7 +168,7 @@ def test_what_is_no_set_is_named(tmp_path, tiny_set):
     for call in (lambda: build(DataConfig(), tmp_path / "other"), lambda: open_split(tmp_path / "other", "train")):
         with pytest.raises(FileNotFoundError, match=r"other is no built data set: data_config.json expected"):
             call()
-    with pytest.raises(ValueError, match="no split 'validation'; it has train, test"):
+    with pytest.raises(ValueError, match="no split 'validation', it has train, test"):
         open_split(tiny_set, "validation")
     empty = DataConfig(source=ProceduralSource(train_objects=0, test_objects=0))
     with pytest.raises(ValueError, match="an empty data set"):

@@ -9,9 +9,10 @@ import pytest
 
 from geolrm_jax import cli
 from geolrm_jax.data.builders.agreement import check_agreement
-from geolrm_jax.data.builders.records import read_config
+from geolrm_jax.data.builders.config import DataConfig, read_config
+from geolrm_jax.data.builders.records import build
 from geolrm_jax.data.checking import check, judge
-from geolrm_jax.data.folder import read_views
+from geolrm_jax.data.folder import FolderSource, read_views
 from geolrm_jax.data.reader import open_split
 from geolrm_jax.scene import Cameras
 
@@ -84,6 +85,63 @@ def test_metadata_that_disagrees_is_found(copy):
     info.write_text(info.read_text()[:100])
     with pytest.raises(ValueError, match="TFDS's metadata is damaged"):
         open_split(copy, "train")
+
+
+@pytest.mark.parametrize("key", ["split", "shard", "objects", "views", "files"])
+@pytest.mark.parametrize("value", [None, -1, "x", [], {"a": 1}])
+def test_an_edited_manifest_is_named(copy, key, value):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["shards"][1][key] = value
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: shards\[\d\].\w+: expected"):
+        check(copy, processes=1)
+
+
+def test_other_edited_files_are_named(copy):
+    manifest, config = ((copy / name).read_text() for name in ("manifest.json", "data_config.json"))
+    for text in ("[]", '{"shards": 3}', '{"shards": [3]}', "[" * 100_000):
+        (copy / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=r"manifest.json is damaged"):
+            check(copy)
+    edited = json.loads(manifest)
+    [name, _] = edited["shards"][0]["files"]
+    edited["shards"][0]["files"][name] = {"bytes": "3"}
+    (copy / "manifest.json").write_text(json.dumps(edited))
+    with pytest.raises(ValueError, match=r"shards\[0\].files\['objects/.*'\]: expected sha256, and bytes"):
+        check(copy)
+    edited = json.loads(manifest)
+    edited["shards"][0]["objects"] += 5
+    (copy / "manifest.json").write_text(json.dumps(edited))
+    assert any("records a shard" in finding for finding in check(copy, processes=1).findings)
+    (copy / "manifest.json").write_text(manifest)
+    for line in ("3", '{"id": "a"}', '{"kind": 4}'):
+        (copy / "rejected.jsonl").write_text(line + "\n")
+        with pytest.raises(ValueError, match=r"rejected.jsonl is damaged: line 1: a JSON object with kind"):
+            check(copy)
+    edited = json.loads(config)
+    del edited["image_encoding"]
+    (copy / "data_config.json").write_text(json.dumps(edited))
+    with pytest.raises(ValueError, match=r"data_config.json is damaged: image_encoding expected"):
+        check(copy)
+
+
+def test_what_was_found_is_told_without_a_page(copy, tmp_path, capsys):
+    (copy / "check.html").unlink(missing_ok=True)
+    (copy / "check.html").mkdir()  # cannot be replaced by a file, as in a folder that cannot be written to
+    assert cli.main(["data", "check", str(copy), "--processes", "1", "--every", "9", "--pictured", "1"]) == 0
+    told = capsys.readouterr()
+    assert "2 train, 1 test" in told.out and "the page of pictures was not written" in told.out + told.err
+    page = tmp_path / "elsewhere.html"
+    assert check(copy, processes=1, every=9, pictured=1, page=page).page == page and page.is_file()
+    for options, message in (({"processes": 0}, "processes must be at least 1"), ({"pictured": -1}, "pictured at")):
+        with pytest.raises(ValueError, match=message):
+            check(copy, **options)
+
+
+def test_an_object_may_be_in_two_splits(real_renders, tmp_path):
+    source = FolderSource(str(real_renders), train=("milk",), test=("milk",), train_views=VIEWS, test_views=VIEWS)
+    directory = build(DataConfig(source, occupancy_grid=16), tmp_path / "set", processes=1)
+    assert check(directory, processes=1, pictured=0).findings == []
 
 
 def test_records_are_judged(built):

@@ -10,7 +10,8 @@ import OpenEXR
 import pytest
 from PIL import Image
 
-from geolrm_jax.data.builders.records import DataConfig, build
+from geolrm_jax.data.builders.config import DataConfig
+from geolrm_jax.data.builders.records import build
 from geolrm_jax.data.checking import check
 from geolrm_jax.data.folder import FolderSource, read_views
 from geolrm_jax.data.reader import open_split

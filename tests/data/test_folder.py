@@ -8,10 +8,14 @@ import zlib
 
 import jax.numpy as jnp
 import numpy as np
+import OpenEXR
 import pytest
 from PIL import Image
 from scipy.spatial import cKDTree
 
+from geolrm_jax.data import folder
+from geolrm_jax.data.builders import records
+from geolrm_jax.data.builders.config import DataConfig
 from geolrm_jax.data.folder import (
     FolderSource,
     check_name,
@@ -121,6 +125,34 @@ def test_layouts_are_found_and_read_alike(tree):
     assert (source.ids("train"), source.ids("test")) == (["dict/b"], ["a"])
     with pytest.raises(ValueError, match="no objects c"):
         FolderSource(root=str(tree), test=("c",)).ids("test")
+    assert FolderSource(str(tree), test=None).listing() == ({"train": [], "test": ["a", "dict/b"]}, {})
+
+
+def test_a_build_searches_its_source_once(tree, tmp_path, monkeypatch):
+    searched = []
+    monkeypatch.setattr(folder, "find_objects", lambda root: searched.append(root) or find_objects(root))
+    (tmp_path / "captions.json").write_text(json.dumps({"a": "a cube"}))
+    source = FolderSource(str(tree), test=("dict/b",), captions=str(tmp_path / "captions.json"))
+    records._plan(DataConfig(source), {}, tmp_path, None)
+    assert searched == [str(tree)]
+
+
+def test_links_that_lead_back_are_followed_once(tree):
+    for name, target in (("again", "."), ("dict/up", ".."), ("self", "self"), ("nowhere", "missing")):
+        (tree / name).symlink_to(target)
+    (tree / "copy").symlink_to("a")
+    assert find_objects(tree) == ["a", "copy", "dict/b"]
+
+
+def test_lists_in_other_encodings_are_read_or_named(tmp_path):
+    (tmp_path / "list.txt").write_bytes("\ufeffa\n端/b\n".encode())
+    assert read_names(tmp_path / "list.txt") == ["a", "端/b"]
+    (tmp_path / "list.json").write_bytes('\ufeff["a"]'.encode())
+    assert read_names(tmp_path / "list.json") == ["a"]
+    for name in ("list.txt", "list.json"):
+        (tmp_path / name).write_bytes(b"caf\xe9")
+        with pytest.raises(ValueError, match=rf"{name} is no text in UTF-8"):
+            read_names(tmp_path / name)
 
 
 def truncate(path):
@@ -132,8 +164,6 @@ def edit_json(path, **values):
 
 
 def write_depth(path, value):
-    import OpenEXR
-
     with OpenEXR.File(str(path), separate_channels=True) as file:
         channels = {name: np.array(channel.pixels) for name, channel in file.channels().items()}
         header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
@@ -199,14 +229,19 @@ def test_an_index_takes_the_place_of_searching(tree, tmp_path):
     assert read_names(tmp_path / "list.txt") == ["a", "dict/b"]
     (tmp_path / "captions.json").write_text(json.dumps({"a": "A Cube", "dict/b": "a plate"}))
     source = FolderSource(str(tree), index=str(tmp_path / "index.json"), captions=str(tmp_path / "captions.json"))
-    assert source.ids("train") == ["dict/b"] and source.left_out() == {"a": "its caption has 'cube' in it"}
+    assert source.listing() == ({"train": ["dict/b"], "test": []}, {"a": "its caption has 'cube' in it"})
+    (tmp_path / "captions.json").write_text(json.dumps({"b": "a plate"}))
+    with pytest.raises(ValueError, match=r"captions.json: none of its 1 keys is the name of an object"):
+        source.ids("train")
     for text, read in (("[1", read_names), ("3", read_names), ("[" * 100_000, read_names), ('{"a": 1}', read_captions)):
         (tmp_path / "broken.json").write_text(text)
         with pytest.raises(ValueError, match=r"broken.json"):
             read(tmp_path / "broken.json")
 
 
-@pytest.mark.parametrize("name", ["/etc", "../a", "a/../../b", "", "a\x00b", "a\nb", "..", "a\\b", "no name: 5"])
+@pytest.mark.parametrize(
+    "name", ["/etc", "../a", "a/../../b", "", "a\x00b", "a\nb", "..", "a\\b", "no name: 5", "./a", "a/", "dict//b"]
+)
 def test_names_that_lead_elsewhere_are_refused(tree, name):
     with pytest.raises((ValueError, FileNotFoundError), match=r"is no name of an object|no folder"):
         FolderSource(str(tree)).read("train", name)
@@ -247,10 +282,33 @@ def test_an_exr_with_a_huge_or_shifted_window_is_refused_from_its_header(real_re
             read_channels(tmp_path / "a.exr", ("A",), 256, 256)
 
 
+def test_an_exr_with_many_channels_or_parts_is_refused_from_its_header(tmp_path):
+    header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
+    planes = {"A": np.ones((6, 9), np.float32), **{f"c{i}": np.ones((6, 9), np.float32) for i in range(16)}}
+    OpenEXR.File(header, planes).write(str(tmp_path / "many.exr"))
+    parts = [OpenEXR.Part({**header, "name": name}, {"A": np.ones((6, 9), np.float32)}) for name in "ab"]
+    OpenEXR.File(parts).write(str(tmp_path / "parts.exr"))
+    for name, message in (("many.exr", "17 channels, at most 16"), ("parts.exr", "2 parts")):
+        with pytest.raises(ValueError, match=rf"{name} is no OpenEXR file .*{message}"):
+            read_channels(tmp_path / name, ("A",), 6, 9)
+
+
+def test_an_object_with_too_many_pixels_is_refused_at_its_first_view(tree, monkeypatch):
+    monkeypatch.setattr(folder, "MAX_OBJECT_PIXELS", 2 * 256**2)
+    assert len(read_views(tree / "a", [0, 6]).rgba) == 2
+    (tree / "a" / "00006" / "00006.png").unlink()
+    with pytest.raises(ValueError, match="3 views of 256 x 256, at most 131072 pixels"):
+        read_views(tree / "a", [0, 6, 24])
+
+
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"deep.png is no readable image: its pixels are of Pillow's mode I"):
+        read_image(tmp_path / "deep.png")
+
+
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
 def test_half_and_float_channels_are_found_by_name(tmp_path, rng, kind):
-    import OpenEXR
-
     planes = {name: rng.uniform(0, 3, (6, 9)).astype(kind) for name in ("Z", "B", "A", "R")}
     header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
     OpenEXR.File(header, dict(planes)).write(str(tmp_path / "a.exr"))

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("mitsuba", reason="needs the extra `mesh`")
 trimesh = pytest.importorskip("trimesh", reason="needs the extra `mesh`")
 
+from geolrm_jax.data import mesh_workers  # noqa: E402
 from geolrm_jax.data.folder import find_objects, read_channels, read_views  # noqa: E402
 from geolrm_jax.data.folder_writing import write_view  # noqa: E402
 from geolrm_jax.data.mesh_objects import RenderConfig, object_rig, render_object  # noqa: E402
@@ -83,6 +84,28 @@ def test_meshes_whose_objects_would_collide_are_listed(tmp_path):
     assert rejected == {"a.ply": "a.glb has the same name", "b/c/d.ply": "its object would lie within that of b/c"}
 
 
+def test_meshes_with_odd_names_are_listed(tmp_path):
+    for name in (".hidden/a.ply", "b/.c.ply", "new\nline.ply", "back\\slash.ply", "campos_512_v4/d.ply", "ä b.ply"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found, rejected = find_meshes(tmp_path)
+    assert [task.id for task in found] == ["ä b"] and len(rejected) == 5
+    assert "hidden" in rejected["b/.c.ply"] and "is no name of an object" in rejected["new\nline.ply"]
+
+
+def test_an_object_neither_surrounds_nor_enters_one_that_is_there(tmp_path):
+    """A first run made a/b and c; in a second one there are meshes a and c/d too."""
+    write_box(tmp_path / "meshes" / "a.ply")
+    write_box(tmp_path / "meshes" / "c" / "d.ply")
+    for folder in ("a/b/00000", "c/00000"):
+        (tmp_path / "out" / folder).mkdir(parents=True)
+    report = render_meshes(tmp_path / "meshes", tmp_path / "out", TINY, processes=1)
+    assert (report.rendered, report.finished, {*report.rejected}) == (0, 0, {"a.ply", "c/d.ply"})
+    assert "holds something else" in report.rejected["a.ply"] and "within" in report.rejected["c/d.ply"]
+    with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
+        render_meshes(tmp_path / "meshes", tmp_path / "out", TINY, processes=0)
+
+
 def test_a_run_that_was_killed_goes_on(tmp_path):
     """The command, killed when an object is whole and another half made; the next run makes the rest alone."""
     meshes, out = tmp_path / "meshes", tmp_path / "out"
@@ -113,6 +136,36 @@ def test_a_run_that_was_killed_goes_on(tmp_path):
     assert (out / "contact_sheet.png").is_file()
     with pytest.raises(ValueError, match="rendered otherwise: samples is 4 there, 9 here"):
         render_meshes(meshes, out, RenderConfig(size=32, samples=9, views=TINY.views))
+
+
+def test_renderers_start_side_by_side(tmp_path, monkeypatch):
+    """Both are started before either is ready; a third is not, for two tasks."""
+    started = []
+    start = mesh_workers._start
+
+    def counted(*arguments):
+        started.append(start(*arguments))
+        assert not any(worker.connection.poll() for worker in started)
+        return started[-1]
+
+    monkeypatch.setattr(mesh_workers, "_start", counted)
+    tasks = [Task(name, tmp_path / "nowhere.ply") for name in ("a", "b")]
+    events = list(render_all(tasks, tmp_path / "out", TINY, "scalar_rgb", 3))
+    assert sorted((event.task.id, event.kind) for event in events) == [("a", "rejected"), ("b", "rejected")]
+    assert len(started) == 2 and not any(worker.process.is_alive() for worker in started)
+
+
+def test_a_renderer_that_does_not_start_ends_the_run(tmp_path, monkeypatch):
+    start = mesh_workers._start
+
+    def killed(*arguments):
+        worker = start(*arguments)
+        worker.process.kill()
+        return worker
+
+    monkeypatch.setattr(mesh_workers, "_start", killed)
+    with pytest.raises(OSError, match=r"Mitsuba \(scalar_rgb\) does not start: its process ended, killed by SIGKILL"):
+        list(render_all([Task("a", tmp_path / "a.ply")], tmp_path / "out", TINY, "scalar_rgb", 1))
 
 
 def test_a_renderer_that_dies_costs_its_object_alone(tmp_path):

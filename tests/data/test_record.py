@@ -2,10 +2,12 @@
 
 import dataclasses
 import pickle
+import resource
 
 import numpy as np
 import pytest
 
+from geolrm_jax.data.reader import open_split
 from geolrm_jax.data.record import DamagedRecord, PosedImages, Record, check_views
 from geolrm_jax.geometry.cameras import orbit
 from geolrm_jax.scene import Cameras
@@ -106,3 +108,26 @@ def test_unsound_views_are_refused(views):
         with pytest.raises(ValueError, match=message):
             check_views(broken, "it")
     assert check_views(views, "it") is views
+
+
+@pytest.mark.parametrize("text", ["open() failed: Too many open files; opening x", "Cannot allocate memory"])
+def test_a_short_machine_is_no_damage(views, text):
+    def read_views(rows):
+        raise RuntimeError(text)
+
+    record = Record.encode("a/b", views, np.ones((2, 2, 2), bool), occupancy_rounding="voxel", encoding="raw")
+    with pytest.raises(OSError, match=f"a/b: {text}".replace("()", r"\(\)")):
+        dataclasses.replace(record, read_views=read_views).views()
+
+
+def test_shards_may_be_open_all_at_once(tiny_set, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+        source = open_split(tiny_set, "train")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 200 + sum(map(len, source.shard_lengths))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (200, 250))
+    with pytest.raises(OSError, match=r"files of shards need `ulimit -n \d+`; this process may open 250"):
+        open_split(tiny_set, "train")

@@ -7,8 +7,13 @@ import pytest
 from PIL import Image
 from scipy.ndimage import label
 
-from geolrm_jax.data.builders.records import DataConfig, build
+from geolrm_jax.data import folder as folders
+from geolrm_jax.data.builders.config import DataConfig
+from geolrm_jax.data.builders.records import build
+from geolrm_jax.data.builders.shards import make_record
 from geolrm_jax.data.checking import check
+from geolrm_jax.data.folder import read_views as read_folder
+from geolrm_jax.data.occupancy import check_hull
 from geolrm_jax.data.reader import open_split
 from geolrm_jax.data.transforms import TransformsSource, read_views
 from geolrm_jax.geometry.cameras import gobjaverse_rig, orbit, rays
@@ -76,6 +81,11 @@ def with_frame(values, **changes):
         (lambda v: {**v, "frames": [3]}, "`frames` must be a list of JSON objects"),
         (lambda v: {**v, "w": 0}, "`w` and `h` must be positive"),
         (lambda v: {**v, "camera_angle_x": 10**400}, "frame 0: `camera_angle_x`"),
+        (lambda v: {**v, "camera_angle_x": 39.6}, "must lie between 0 and pi radians, got 39.6"),
+        (lambda v: {**v, "camera_angle_x": float("nan")}, "must lie between 0 and pi radians"),
+        (lambda v: {**v, "k1": 0.5, "p2": -1e-3}, "frame 0: a pinhole .* got k1 = 0.5, p2 = -0.001: undistort"),
+        (lambda v: with_frame(v, camera_model="OPENCV_FISHEYE"), "frame 1: .*camera_model = OPENCV_FISHEYE: undistort"),
+        (lambda v: {**v, "is_fisheye": True}, "frame 0: a pinhole camera expected, got is_fisheye"),
         (lambda v: with_frame(v, transform_matrix=[[1.0, 2.0]]), "frame 1: `transform_matrix`"),
         (lambda v: with_frame(v, transform_matrix=np.diag([2.0, 1, 1, 1]).tolist()), "frame 1: .* no rotation"),
     ],
@@ -85,6 +95,45 @@ def test_what_is_wrong_is_named(folder, damage, message):
     write(path, damage(content(path)))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_views(path)
+
+
+def test_a_pinhole_may_say_so(folder):
+    path, _ = folder
+    write(path, {**content(path), "camera_model": "OPENCV", "k1": 0.0, "k2": 0, "p1": None, "is_fisheye": False})
+    assert len(read_views(path).view_ids) == 3
+
+
+def test_too_much_is_refused_before_it_is_read(folder, monkeypatch):
+    path, _ = folder
+    (path / "r_1.png").unlink()
+    monkeypatch.setattr(folders, "MAX_OBJECT_PIXELS", 2 * 24 * 24)
+    with pytest.raises(ValueError, match=r"transforms.json: 3 views of 24 x 24, at most 1152 pixels"):
+        read_views(path)
+    with (path / "transforms.json").open("w") as file:
+        file.truncate(folders.MAX_CAMERA_BYTES + 1)
+    with pytest.raises(ValueError, match=r"transforms.json has 16777217 bytes"):
+        read_views(path)
+
+
+def test_a_folder_alone_is_an_object_of_its_name(folder, monkeypatch):
+    path, _ = folder
+    (path / "inner").mkdir()
+    (path / "inner" / "transforms.json").touch()
+    monkeypatch.chdir(path)
+    for root in (str(path), "."):
+        source = TransformsSource(root)
+        assert source.listing() == ({"train": [path.name], "test": []}, {})
+        assert len(source.read("train", path.name).view_ids) == 3
+    with pytest.raises(FileNotFoundError, match=r"inner/nowhere/transforms.json"):
+        TransformsSource(str(path / "inner")).read("train", "nowhere")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        TransformsSource(str(path / "nowhere")).ids("train")
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_is_a_positive_number(scale):
+    with pytest.raises(ValueError, match="scale must be a positive number of cube sides"):
+        TransformsSource("/nowhere", scale=scale)
 
 
 def test_missing_file_and_view_are_named(folder, tmp_path):
@@ -123,6 +172,25 @@ def write_balls(root):
         file_path = "../ball/r_1" if name == "outside" else "./r_1"
         changed = [*frames[:1], {**frames[1], "file_path": file_path}, *frames[2:]]
         write(root / name, {"camera_angle_x": np.radians(39.6), "frames": changed})
+
+
+def test_a_hull_that_leaves_the_cube_is_refused(tmp_path):
+    """Files with lengths twice ours and a diameter of 0.6 in ours: 0.9 cube sides, 1.8 and 3."""
+    write_balls(tmp_path / "balls")
+    for scale, fits in ((0.75, True), (1.5, False), (2.5, False)):
+        config = DataConfig(TransformsSource(str(tmp_path / "balls"), scale=scale), occupancy_grid=16)
+        if fits:
+            assert make_record(config, "train", "ball").occupancy.any()
+        else:
+            with pytest.raises(ValueError, match=r"ball does not fit the cube \[-0.5, 0.5\]\^3 \(--scale\?\)"):
+                make_record(config, "train", "ball")
+
+
+@pytest.mark.parametrize("ids", [None, range(0, 24, 3)])
+def test_hulls_of_real_objects_fit(real_renders, ids):
+    for name in ("basket", "tomato_sauce", "plate", "bbq_sauce"):
+        views = read_folder(real_renders / name, ids)
+        check_hull(views.rgba[..., 3], views.cameras, name)
 
 
 def test_a_set_of_silhouettes_has_the_visual_hull(tmp_path):

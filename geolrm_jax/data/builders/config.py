@@ -27,14 +27,27 @@ class DataConfig:
     """Rule by which surface points become voxels: "voxel", the nearest, or "released", the paper's code."""
     image_encoding: Encoding = "raw"
     """"raw" bytes are fast to read, "png" is smaller."""
+    size: int | None = None
+    """Height of the stored views, widths in proportion; None: as the source has them."""
     root: str | None = None
     """Folder of the built set, which several runs may share; None: `data` inside the work directory."""
     built: bool = False
     """True: `root` holds a finished set, made by `geolrm data build`, and is taken whatever its source and encoding."""
 
+    on_demand: bool = False
+    """True: nothing is built; procedural objects are rendered when they are drawn, on the training accelerator."""
+
     def __post_init__(self):
+        if self.on_demand and not isinstance(self.source, ProceduralSource):
+            raise ValueError(f"data.on_demand renders a ProceduralSource, got {type(self.source).__name__}")
+        if self.on_demand and (self.root or self.built):
+            raise ValueError("data.on_demand builds no set: expected neither data.root nor data.built")
         if self.built and self.root is None:
             raise ValueError("data.built says that data.root holds a finished set: name it")
+        if self.size is not None and (self.size < 16 or isinstance(self.source, ProceduralSource)):
+            raise ValueError(
+                f"data.size must be at least 16, and procedural objects have data.source.size, got {self.size}"
+            )
         if self.occupancy_grid < 2:
             raise ValueError(f"data.occupancy_grid must be at least 2, got {self.occupancy_grid}")
 
@@ -51,7 +64,8 @@ class DataConfig:
 def stored_config(config: DataConfig) -> dict[str, Any]:
     """What decides a set's content, as the JSON that stands beside it."""
     content = dataclasses.asdict(config)
-    del content["root"], content["built"]
+    for name in ("root", "built", "on_demand"):
+        del content[name]
     content["source"] = {"kind": type(config.source).__name__, **content["source"]}
     return json.loads(json.dumps({"format_version": FORMAT_VERSION, **content}))
 

@@ -25,7 +25,6 @@ from geolrm_jax.data.record import FORMAT_VERSION, Record, StoredView
 CONFIG_FILE, MANIFEST_FILE, REJECTED_FILE = "data_config.json", "manifest.json", "rejected.jsonl"
 VERSION = f"{FORMAT_VERSION}.0.0"
 KINDS = ("objects", "views")
-SPLITS = ("train", "test")
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
@@ -114,9 +113,14 @@ def read_rejected(directory: Path | str) -> list[dict[str, str]]:
     """The source's objects that are not in a set: {"split", "id", "reason", "kind"} of each."""
     file = Path(directory) / REJECTED_FILE
     try:
-        return [json.loads(line) for line in file.read_text().splitlines()]
-    except (OSError, ValueError) as error:
+        with file.open() as lines:
+            entries = [json.loads(line) for line in lines]
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged or missing: {error}") from error
+    for line, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+            raise ValueError(f"{file} is damaged: line {line}: a JSON object with kind expected")
+    return entries
 
 
 def write_metadata(directory: Path, shard_lengths: Mapping[str, Mapping[str, Sequence[int]]]) -> None:

@@ -8,25 +8,25 @@ import contextlib
 import fcntl
 import itertools
 import json
+import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from geolrm_jax.data.builders.config import DataConfig, check_same, read_config, stored_config
-from geolrm_jax.data.builders.layout import CONFIG_FILE, KINDS, MANIFEST_FILE, REJECTED_FILE, SPLITS, write_metadata
-from geolrm_jax.data.builders.shards import MARKERS, Shard, make_record, split_into_shards, write_shard
-from geolrm_jax.data.builders.workers import cores, run_tasks
+from geolrm_jax.data.builders.layout import CONFIG_FILE, KINDS, MANIFEST_FILE, REJECTED_FILE, write_metadata
+from geolrm_jax.data.builders.shards import MARKERS, Shard, read_marker, split_into_shards, write_shard
+from geolrm_jax.data.builders.workers import check_main_guard, count_workers, run_tasks
 from geolrm_jax.data.record import FORMAT_VERSION
 from geolrm_jax.export.files import written_whole
 
-__all__ = ["DataConfig", "build", "make_record", "read_config", "stored_config"]
-
-PLAN_FILE, LOCK_FILE = "plan.json", "lock"
+PLAN_FILE = "plan.json"
 MAX_REJECTED = 0.1
-# A reader holds two files open for each shard; fewer than 16 would leave cores without work.
-_FEWEST, _MOST, _OBJECTS = 16, 256, 64
+# What is lost when a build is interrupted is a shard for each core; a reader holds two files open for each.
+_FEWEST, _MOST, _OBJECTS, _LIMIT = 16, 512, 64, 10_000
 
 Advance = Callable[[str, int, int], None]
 
@@ -45,12 +45,12 @@ def build(
     Args:
       config: all but `root` and `built` decides the set's content. The same source gives the same bytes.
       directory: made by this function. It gets its name when all is written. What is unfinished lies in the folder
-        DIRECTORY.unfinished, from which the same call goes on; one process works on it, others wait.
+        DIRECTORY.unfinished, from which the same call goes on; one process works on it, others wait, with a warning.
       advance: called as (split, objects done, objects in all) after each object.
       processes: that build shards at a time; None: one for each core. Procedural objects are rendered by threads of
         this process, which share its accelerator.
       max_rejected: share of the objects that may be unsound. They are listed in `rejected.jsonl`.
-      objects_per_shard: None: such that a split has 16 to 256 shards.
+      objects_per_shard: at most; None: such that a split has 16 to 512 shards.
 
     Returns:
       The directory.
@@ -58,38 +58,39 @@ def build(
     Raises:
       ValueError: if the directory holds something else or a set of another config (both are named), if the source has
         no objects, or if too many of them are unsound.
-      OSError: if the disk is full, or a process was ended from outside.
+      OSError: if the disk is full, the source's folder is gone, or a process was ended from outside.
     """
+    check_main_guard()
     directory, content = Path(directory), stored_config(config)
-    if not 0.0 <= max_rejected <= 1.0 or (objects_per_shard or 1) < 1 or (processes or 1) < 1:
+    workers = count_workers(processes)
+    if not 0.0 <= max_rejected <= 1.0 or (objects_per_shard is not None and objects_per_shard < 1):
         raise ValueError(
-            "expected max_rejected in [0, 1], processes and objects_per_shard of at least 1, got "
-            f"{max_rejected}, {processes}, {objects_per_shard}"
+            "expected max_rejected in [0, 1] and objects_per_shard of at least 1, got "
+            f"{max_rejected} and {objects_per_shard}"
         )
     if config.built or (directory.exists() and any(directory.iterdir())):
         _check_complete(config, directory)
         return directory
-    unfinished = directory.with_name(f"{directory.name}.unfinished")
-    with _alone_in(unfinished):
+    with _alone(directory.with_name(f".{directory.name}.lock")):
         if directory.exists() and any(directory.iterdir()):  # another process has finished it meanwhile
             _check_complete(config, directory)
-            shutil.rmtree(unfinished)
             return directory
-        if (unfinished / CONFIG_FILE).is_file():  # killed when all was written
-            check_same(read_config(unfinished), content, unfinished)
-        else:
-            plan = _plan(config, content, unfinished, objects_per_shard)
-            shards = [
-                shard
-                for split, ids in plan["splits"].items()
-                for shard in split_into_shards(split, ids, plan["objects_per_shard"][split])
-            ]
-            markers = _write_shards(config, unfinished, shards, advance, processes or cores(), max_rejected)
-            _finish(unfinished, plan, markers)
-        shutil.rmtree(unfinished / MARKERS, ignore_errors=True)
-        for name in (PLAN_FILE, LOCK_FILE):
-            (unfinished / name).unlink(missing_ok=True)
-        unfinished.rename(directory)
+        unfinished = directory.with_name(f"{directory.name}.unfinished")
+        with _removed_if_empty(unfinished):
+            if (unfinished / CONFIG_FILE).is_file():  # killed when all was written
+                check_same(read_config(unfinished), content, unfinished)
+            else:
+                plan = _plan(config, content, unfinished, objects_per_shard)
+                shards = [
+                    shard
+                    for split, ids in plan["splits"].items()
+                    for shard in split_into_shards(split, ids, plan["shards"][split])
+                ]
+                markers = _write_shards(config, unfinished, shards, advance, workers, max_rejected)
+                _finish(unfinished, plan, markers)
+            shutil.rmtree(unfinished / MARKERS, ignore_errors=True)
+            (unfinished / PLAN_FILE).unlink(missing_ok=True)
+            unfinished.rename(directory)
     return directory
 
 
@@ -99,25 +100,44 @@ def _check_complete(config: DataConfig, directory: Path) -> None:
     if config.built:
         names = ("occupancy_grid", "occupancy_rounding")
         found, wanted = ({name: content[name] for name in names} for content in (found, wanted))
-    check_same(found, wanted, directory)
+    try:
+        check_same(found, wanted, directory)
+    except ValueError as error:
+        grid = f"--grid {config.occupancy_grid} --rounding {config.occupancy_rounding}"
+        raise ValueError(f"{error}" + (f": build one with {grid}" if config.built else "")) from None
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Waits until no other process builds in `folder`, which is made; the lock ends with the process that holds it.
+def _alone(lock: Path) -> Iterator[None]:
+    """Waits until no other process holds the file, which is made and removed; what is held ends with its process."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                warnings.warn(f"another process builds there, waiting for it ({lock})", stacklevel=4)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # The file may have been removed by the one that held it: then it keeps nobody out any more.
+            if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
 
-    A folder that holds no sound object in the end is removed again: there is nothing to go on from.
-    """
+
+@contextlib.contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Makes the folder; one that holds no sound object in the end is removed: there is nothing to go on from."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            markers = (json.loads(path.read_text()) for path in folder.glob(f"{MARKERS}/*.json"))
-            whole = (folder / CONFIG_FILE).is_file()
-            if folder.is_dir() and not whole and not any(marker["objects"] for marker in markers):
-                shutil.rmtree(folder)
+    try:
+        yield
+    finally:
+        markers = (read_marker(path) for path in folder.glob(f"{MARKERS}/*.json"))
+        whole = (folder / CONFIG_FILE).is_file()
+        if folder.is_dir() and not whole and not any(marker and marker["objects"] for marker in markers):
+            shutil.rmtree(folder)
 
 
 def _plan(
@@ -126,15 +146,18 @@ def _plan(
     """Which objects go into which shards: decided once, when the build begins."""
     file = unfinished / PLAN_FILE
     if file.is_file():
-        plan = json.loads(file.read_text())
+        try:
+            plan = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): delete {unfinished} and begin anew") from error
         try:
             check_same(plan["config"], content, unfinished)
         except ValueError as error:
             raise ValueError(f"{error}: delete {unfinished}, or build elsewhere") from None
-        for leftover in unfinished.rglob(".*.array_record*"):
+        for leftover in unfinished.rglob(".*"):  # of a process that was killed while it wrote
             leftover.unlink()
         return plan
-    listed = {split: config.source.ids(split) for split in SPLITS}
+    listed, left_out = config.source.listing()
     ids = {split: list(dict.fromkeys(names)) for split, names in listed.items() if names}
     if not ids:
         raise ValueError(f"an empty data set: {config.source} has no objects")
@@ -144,12 +167,9 @@ def _plan(
         for id, count in Counter(names).items()
         if count > 1
     ]
-    left_out = config.source.left_out()
     plan = {
         "config": content,
-        "objects_per_shard": {
-            split: objects_per_shard or _objects_per_shard(len(names)) for split, names in ids.items()
-        },
+        "shards": {split: _shards(len(names), objects_per_shard) for split, names in ids.items()},
         "splits": ids,
         "left_out": [*twice, *({"split": "train", "id": id, "reason": why} for id, why in left_out.items())],
     }
@@ -158,17 +178,23 @@ def _plan(
     return plan
 
 
-def _objects_per_shard(objects: int) -> int:
-    shards = min(_MOST, max(-(-objects // _OBJECTS), min(objects, _FEWEST)))
-    return -(-objects // shards)
+def _shards(objects: int, objects_per_shard: int | None) -> int:
+    """How many shards a split is dealt to."""
+    if objects_per_shard is None:
+        return min(_MOST, max(-(-objects // _OBJECTS), min(objects, _FEWEST)))
+    shards = -(-objects // objects_per_shard)
+    if shards > _LIMIT:
+        raise ValueError(f"{objects_per_shard} objects a shard make {shards} shards of {objects}, more than {_LIMIT}")
+    return shards
 
 
 def _write_shards(
     config: DataConfig, unfinished: Path, shards: list[Shard], advance: Advance, processes: int, max_rejected: float
 ) -> list[dict[str, Any]]:
     """Writes the shards that are not there yet; returns what the markers of all of them say, in order."""
-    totals = Counter({split: sum(len(s.ids) for s in shards if s.split == split) for split in SPLITS})
-    markers = {s: json.loads((unfinished / s.marker).read_text()) for s in shards if (unfinished / s.marker).is_file()}
+    splits = dict.fromkeys(shard.split for shard in shards)
+    totals = Counter({split: sum(len(s.ids) for s in shards if s.split == split) for split in splits})
+    markers = {s: marker for s in shards if (marker := read_marker(unfinished / s.marker))}
     counts = Counter({split: sum(len(s.ids) for s in markers if s.split == split) for split in totals})
     for split, count in counts.items():
         if count:
@@ -214,7 +240,7 @@ def _check_rejected(markers: list[dict[str, Any]], objects: int, max_rejected: f
 
 def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
     with written_whole(path) as temporary:
-        temporary.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def _finish(unfinished: Path, plan: dict[str, Any], markers: list[dict[str, Any]]) -> None:
@@ -222,7 +248,8 @@ def _finish(unfinished: Path, plan: dict[str, Any], markers: list[dict[str, Any]
     by_split = {split: [marker for marker in markers if marker["split"] == split] for split in plan["splits"]}
     empty = [split for split, parts in by_split.items() if not sum(part["objects"] for part in parts)]
     if empty:
-        raise ValueError(f"no object of {', '.join(empty)} is sound: see {unfinished / MARKERS}")
+        reasons = [entry["reason"] for split in empty for part in by_split[split] for entry in part["rejected"]]
+        raise ValueError(f"no object of {', '.join(empty)} is sound: {'; '.join(reasons[:5])}")
     write_metadata(
         unfinished,
         {kind: {split: [part[kind] for part in parts] for split, parts in by_split.items()} for kind in KINDS},

@@ -23,6 +23,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def count_workers(processes: int | None) -> int:
+    """How many processes to start: as many as there are cores for None; ValueError for fewer than 1."""
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
+    return processes or cores()
+
+
+def check_main_guard() -> None:
+    """Raises a RuntimeError where a worker process, at its start, runs the program's main file and comes back here."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError("this starts processes: call it from below `if __name__ == '__main__':`")
+
+
 def run_tasks(
     function: Callable[..., Any],
     tasks: Sequence[tuple],
@@ -50,7 +63,8 @@ def run_tasks(
             yield function(*task, done)
         return
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork does not survive
-    news = queue.SimpleQueue() if threads else context.Queue()
+    # Simple ones: what a task told is there before its result is.
+    news = queue.SimpleQueue() if threads else context.SimpleQueue()
     stop = threading.Event() if threads else context.Event()
     if threads:
         pool = concurrent.futures.ThreadPoolExecutor(workers)
@@ -76,11 +90,8 @@ def run_tasks(
 
 
 def _tell(news: Any, done: Callable[[Any], None]) -> None:
-    while True:
-        try:
-            done(news.get_nowait())
-        except queue.Empty:
-            return
+    while not news.empty():
+        done(news.get())
 
 
 def _call(function: Callable[..., Any], news: Any, stop: Any, task: tuple) -> Any:
