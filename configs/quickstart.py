@@ -30,8 +30,8 @@ VIEWS = tuple(sorted({*range(0, 24, 2), *TARGETS}))  # of the GObjaverse rig
 
 def get_config() -> Experiment:
     """Small networks on 16^3 voxels."""
-    encoder = ImageEncoderConfig(ViTConfig(width=96, depth=2, heads=4, pretrained_grid=8, remat=False), channels=64)
-    transformer = TransformerConfig(width=96, depth=3, heads=4, points=2, remat=False)
+    encoder = ImageEncoderConfig(ViTConfig(width=96, depth=2, heads=4, pretrained_grid=8, remat="none"), channels=64)
+    transformer = TransformerConfig(width=96, depth=3, heads=4, points=2, remat="none")
     checkpoint = CheckpointConfig(every=100, keep=2)
     return Experiment(
         name="quickstart",

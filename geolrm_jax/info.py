@@ -147,7 +147,7 @@ def _training(experiment: Experiment, views: Sequence[int]) -> Iterator[dict[str
                 word: _step_cost(experiment, stage, model, constants, number)
                 for word, model in (
                     ("as_configured", experiment.model),
-                    ("without_remat", with_remat(experiment.model, False)),
+                    ("without_remat", with_remat(experiment.model, "none")),
                 )
             }
             unknown = list(costs["as_configured"].unknown)

@@ -3,6 +3,7 @@
 OpenCV axes everywhere (x right, y down, z forward); other conventions are turned at the door by `from_opengl`.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
@@ -66,26 +67,33 @@ def plucker(
     return jnp.concatenate([directions, moments], axis=-1)
 
 
+def exact(x: Array) -> Array:
+    """As it is: the rounding of camera algebra, where nothing else is asked for."""
+    return x
+
+
 def project(
-    cameras: Cameras, points: Float[Array, "*points n 3"]
+    cameras: Cameras, points: Float[Array, "*points n 3"], rounded: Callable[[Array], Array] = exact
 ) -> tuple[Float[Array, "*batch n 2"], Float[Array, "*batch n"]]:
     """Pixel positions and depths of world points in every camera.
 
     Args:
       cameras: leading axes (..., V).
       points: (..., N, 3), one set for all V views of a scene.
+      rounded: what happens to operands and results of every operation.
 
     Returns:
       Pixels (..., V, N, 2) as x, y, and camera z (..., V, N). Where z is not positive the pixel position is finite,
       the projection through the camera's centre: callers mask by z > 0.
     """
-    pose = camera_from_world(cameras)
-    local = jnp.einsum("...vij,...nj->...vni", pose[..., :3, :3], points, precision="highest") + pose[..., None, :3, 3]
+    pose, points = rounded(camera_from_world(cameras)), rounded(points)
+    local = jnp.einsum("...vij,...nj->...vni", pose[..., :3, :3], points, precision="highest")
+    local = rounded(local + pose[..., None, :3, 3])
     z = local[..., 2]
-    xy = local[..., :2] / jnp.where(jnp.abs(z) > 1e-6, z, 1.0)[..., None]
-    k = jnp.asarray(cameras.intrinsics)[..., None, :, :]
+    xy = rounded(local[..., :2] / jnp.where(jnp.abs(z) > 1e-6, z, 1.0)[..., None])
+    k = rounded(jnp.asarray(cameras.intrinsics)[..., None, :, :])
     pixels = jnp.stack([k[..., 0, 0] * xy[..., 0] + k[..., 0, 2], k[..., 1, 1] * xy[..., 1] + k[..., 1, 2]], axis=-1)
-    return pixels, z
+    return rounded(pixels), z
 
 
 def unproject(cameras: Cameras, depth: Float[Array, "*batch h w"]) -> Float[Array, "*batch h w 3"]:

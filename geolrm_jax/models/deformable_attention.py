@@ -1,5 +1,6 @@
 """Deformable cross-attention from anchors to the feature maps of all views (paper, Eq. 5; Zhu et al. 2021)."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -9,7 +10,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from geolrm_jax.geometry.cameras import project
+from geolrm_jax.geometry.cameras import exact, project
 from geolrm_jax.models.layers import linear
 from geolrm_jax.precision import Precision, full
 from geolrm_jax.scene import Anchors, Views, pytree
@@ -17,7 +18,9 @@ from kernels_pallas.deformable_attention import multiview_deformable_attention
 
 ViewMask = Literal["visible", "none"]
 Projection = Literal["camera", "mirrored"]
+Coordinates = Literal["full", "bfloat16"]
 OUTSIDE = -10.0  # as a fraction of the image
+BFLOAT16 = {"exponent_bits": 8, "mantissa_bits": 7}
 
 
 @pytree
@@ -41,6 +44,7 @@ def look(
     anchors: Anchors,
     view_mask: ViewMask = "visible",
     projection: Projection = "camera",
+    coordinates: Coordinates = "full",
 ) -> Features:
     """Joins feature maps with the anchors' projections, which are the same for all layers.
 
@@ -51,11 +55,13 @@ def look(
       view_mask: a view counts where it exists and the anchor is in front of it, or always (released).
       projection: by the camera, or with the principal point's x mirrored (released: x is flipped about the middle of
         the image after a projection along Blender's axes, which is the same where the principal point is centred).
+      coordinates: rounded at every operation of the projection to bfloat16, or not.
     """
-    pixels, z = project(views.cameras, anchors.positions)
+    rounded = functools.partial(jax.lax.reduce_precision, **BFLOAT16) if coordinates == "bfloat16" else exact
+    pixels, z = project(views.cameras, anchors.positions, rounded)
     size = jnp.array([views.cameras.width, views.cameras.height], pixels.dtype)
     # The camera of a view that only pads the array may be anything: its points lie outside of every map.
-    points = jnp.where(jnp.isfinite(pixels), pixels / size, OUTSIDE)
+    points = rounded(jnp.where(jnp.isfinite(pixels), pixels / size, OUTSIDE))
     if projection == "mirrored":
         off_center = jnp.asarray(views.cameras.intrinsics)[..., 0, 2] / views.cameras.width - 0.5
         points = points.at[..., 0].add(-2.0 * off_center[..., None])

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from geolrm_jax.models.attention import attention
-from geolrm_jax.models.layers import linear, scan_blocks, stack
+from geolrm_jax.models.layers import Remat, linear, scan_blocks, stack
 from geolrm_jax.precision import Precision, full
 
 PATCH = 14
@@ -36,8 +36,8 @@ class ViTConfig:
     to the size, as newer ports do; to the size with antialiasing, as models with registers were made."""
     layer_scale: float = 1.0
     """Initial value of LayerScale."""
-    remat: bool = True
-    """Recompute each block's activations in the backward pass."""
+    remat: Remat = "full"
+    """What the backward pass computes again of a block: nothing, all but products with parameters, or all."""
 
     def make(self, rngs: nnx.Rngs, precision: Precision) -> "ViT":
         """The module, with fresh parameters."""

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key
 from geolrm_jax.geometry.voxels import released_indices
 from geolrm_jax.models.attention import ReleasedHeadsAttention, SelfAttention
 from geolrm_jax.models.deformable_attention import (
+    Coordinates,
     DeformableCrossAttention,
     Features,
     ProjectedCrossAttention,
@@ -20,7 +21,7 @@ from geolrm_jax.models.deformable_attention import (
     ViewMask,
     look,
 )
-from geolrm_jax.models.layers import SwiGLU, dropout, rms_norm, scan_blocks, stack
+from geolrm_jax.models.layers import Remat, SwiGLU, dropout, rms_norm, scan_blocks, stack
 from geolrm_jax.precision import Precision
 from geolrm_jax.scene import Anchors, Views
 from kernels_pallas.mesh import CONTEXT, context_shards, over_context
@@ -35,8 +36,8 @@ class TransformerConfig:
     heads: int = 16
     points: int = 8
     """Samples per head, level and view; 0 reads every level at the anchor's projection alone."""
-    remat: bool = True
-    """Recompute each block's activations in the backward pass."""
+    remat: Remat = "full"
+    """What the backward pass computes again of a block: nothing, all but products with parameters, or all."""
     self_attention: Literal["tokens", "released_heads"] = "tokens"
     """Anchors attend to anchors (paper), or each to its own heads, as the released code does in float32."""
     cross_attention_residual: Literal["stream", "normed"] = "stream"
@@ -51,6 +52,9 @@ class TransformerConfig:
     """Views count where they exist and the anchor is in front of them, or always (released)."""
     projection: Projection = "camera"
     """Anchors are projected by the camera, or with the principal point's x mirrored (released)."""
+    coordinates: Coordinates = "full"
+    """Projections in at least float32, or each operation rounded to bfloat16, as in the released code's mixed precision:
+    the ablation of benchmarks/bf16.py."""
     dropout: float = 0.0
     """After each of a block's three parts, and on the scores of "released_heads"; in training only."""
 
@@ -143,7 +147,7 @@ class GeoTransformer(nnx.Module):
         config = self.config
         shared = jnp.broadcast_to(self.query[...], (*anchors.positions.shape[:2], config.width - 3))
         x = jnp.concatenate([anchors.positions, shared.astype(anchors.positions.dtype)], axis=-1)
-        features = look(maps, views, anchors, config.view_mask, config.projection)
+        features = look(maps, views, anchors, config.view_mask, config.projection, config.coordinates)
         keys = jax.random.split(key, config.depth) if key is not None and config.dropout else None
         by_token, by_view = P(None, CONTEXT), P(None, None, CONTEXT)
         seen = jax.tree.map(lambda x: P() if any(x is m for m in maps) else by_view, features)
@@ -163,7 +167,7 @@ def run_blocks(
     features: Features,
     keys: Key[Array, "depth"] | None,
     *,
-    remat: bool,
+    remat: Remat,
 ) -> Float[Array, "b n d"]:
     """`scan_blocks` on the tokens that this device has, which drop out by keys of their own."""
     if keys is not None and context_shards() > 1:

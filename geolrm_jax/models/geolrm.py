@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from geolrm_jax.models.gaussian_decoder import GaussianDecoderConfig
 from geolrm_jax.models.geo_transformer import TransformerConfig
 from geolrm_jax.models.image_encoder import ImageEncoderConfig
+from geolrm_jax.models.layers import Remat
 from geolrm_jax.models.proposal import Padding, ProposalConfig, select_anchors
 from geolrm_jax.precision import Precision
 from geolrm_jax.scene import Anchors, Gaussians, Views
@@ -98,7 +99,7 @@ class GeoLRM(nnx.Module):
         return select_anchors(logits, max_anchors, key, self.padding), jnp.sum(logits > 0, axis=(1, 2, 3))
 
 
-def with_remat(config: Any, remat: bool) -> Any:
+def with_remat(config: Any, remat: Remat) -> Any:
     """A tree of config dataclasses with every field `remat` set."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     changed = {name: with_remat(value, remat) for name, value in fields.items() if dataclasses.is_dataclass(value)}

@@ -1,7 +1,7 @@
 """Layers that every network shares: torch's default initialisation, batch statistics with a mask, stacks that scan."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,13 @@ from jaxtyping import Array, Bool, Float, Key
 
 from geolrm_jax.models.splitting import whole
 from geolrm_jax.precision import Precision, full
+
+Remat = Literal["none", "dots", "full"]
+# What is kept of a block for its backward pass; products with parameters are those without batch axes.
+_KEPT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 # torch's default for linear and convolution weights: uniform within 1 / sqrt(fan_in).
 torch_default = jax.nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
@@ -109,7 +116,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
 
 
 def scan_blocks(
-    blocks: nnx.Module, x: Float[Array, "..."], *context: Any, remat: bool, keys: Key[Array, "depth"] | None = None
+    blocks: nnx.Module, x: Float[Array, "..."], *context: Any, remat: Remat, keys: Key[Array, "depth"] | None = None
 ) -> Float[Array, "..."]:
     """Applies stacked blocks one after the other: one compiled body, any depth.
 
@@ -117,7 +124,8 @@ def scan_blocks(
       blocks: made by `stack`.
       x: the residual stream.
       *context: what every block gets besides `x`.
-      remat: recompute a block's activations in the backward pass instead of keeping them.
+      remat: what the backward pass computes again of each block: nothing, all but products with parameters ("dots"),
+        or all of it.
       keys: one for each block, its last argument; None for blocks that take none.
     """
 
@@ -125,4 +133,6 @@ def scan_blocks(
         block, key = whole(block_and_key[0]), block_and_key[1]
         return block(x, *context) if key is None else block(x, *context, key), None
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (blocks, keys))[0]
+    if remat != "none":
+        body = jax.checkpoint(body, policy=_KEPT[remat])
+    return jax.lax.scan(body, x, (blocks, keys))[0]

@@ -171,7 +171,7 @@ def prepare(trainer: Trainer, mesh: Mesh | None = None, constants: Any = None) -
         )
 
     def flops(objective: Objective, batch: Batch) -> int:
-        return count(build(objective, with_remat(model, False)), abstract_state, constants, batch).total
+        return count(build(objective, with_remat(model, "none")), abstract_state, constants, batch).total
 
     return Prepared(abstract_state, fresh, build, flops, constants, batch_sharding(mesh))
 

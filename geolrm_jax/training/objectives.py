@@ -149,16 +149,7 @@ class ReconstructionObjective(Objective):
         targets = batch.targets
         background = self.draw_background(targets, background_key)
         pictures = self.composite(targets, background[..., None, None, :])
-        rendered = rasterize_sharded(
-            gaussians,
-            targets.cameras,
-            scene_axes=ROWS,
-            view_axes=VIEWS,
-            background=background,
-            depth=self.rendered_depth,
-            capacity=int(self.pairs_per_gaussian * gaussians.means.shape[1] * targets.valid.size),
-        )
-
+        rendered = self.render(gaussians, targets, background)
         losses = self.terms(gaussians, rendered, targets, pictures, constants)
         mse = jax.lax.stop_gradient(mean_over_views((rendered.rgb - pictures) ** 2, targets.valid))
         metrics = {
@@ -169,6 +160,18 @@ class ReconstructionObjective(Objective):
             "invalid_gaussians": rendered.invalid,
         }
         return losses, metrics
+
+    def render(self, gaussians: Gaussians, targets: Views, background: Float[Array, "b v 3"]) -> Rendering:
+        """The Gaussians (B, G), seen by the cameras of the targets (B, V)."""
+        return rasterize_sharded(
+            gaussians,
+            targets.cameras,
+            scene_axes=ROWS,
+            view_axes=VIEWS,
+            background=background,
+            depth=self.rendered_depth,
+            capacity=int(self.pairs_per_gaussian * gaussians.means.shape[1] * targets.valid.size),
+        )
 
     def terms(
         self,

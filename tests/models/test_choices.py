@@ -103,6 +103,25 @@ def test_mirrored_projection_is_blenders_flipped(rng):
     np.testing.assert_allclose(*both, atol=1e-6)
 
 
+def test_bfloat16_coordinates_are_rounded_at_every_operation(rng):
+    """Against the same steps in NumPy with ml_dtypes; and the error that the paper's mixed precision met."""
+    views, anchors = make_views(rng), make_anchors(rng)
+    points = look((), views, anchors, coordinates="bfloat16").reference_points
+
+    def r(x):
+        return np.asarray(x, np.float32).astype(jnp.bfloat16).astype(np.float32)
+
+    pose, k = r(camera_from_world(views.cameras)), r(views.cameras.intrinsics)[..., None, :, :]
+    local = r(np.einsum("bvij,bnj->bvni", pose[..., :3, :3], r(anchors.positions)) + pose[..., None, :3, 3])
+    xy = r(local[..., :2] / local[..., 2:])
+    expected = r(r(k[..., [0, 1], [0, 1]] * xy + k[..., :2, 2]) / SIZE)
+    np.testing.assert_allclose(points, expected, atol=2**-8)  # one rounding of a sum in another order
+    assert np.mean(np.asarray(points) == expected) > 0.9
+    np.testing.assert_array_equal(points, r(points))
+    errors = np.abs(points - look((), views, anchors).reference_points) * 448
+    assert 0.5 < errors.max() < 20
+
+
 def test_view_mask(rng):
     views = make_views(rng)
     views = dataclasses.replace(views, valid=views.valid.at[0, 1].set(False))

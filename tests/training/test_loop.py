@@ -95,7 +95,7 @@ def test_operations_for_mfu_leave_out_what_rematerialisation_does_twice(tiny, tm
     grid = jnp.zeros((2, 8, 8, 8), bool)
     batch = jax.eval_shape(lambda: Batch(views(2, 28), views(3, 28), grid, jnp.zeros(2, jnp.int32)))
     counted, whole = [], []
-    for remat in (True, False):
+    for remat in ("full", "dots", "none"):
         model = with_remat(tiny.model, remat)
         trainer = loop.Trainer("proposal", tiny.proposal, model, tiny.precision, tiny.mesh, 0, tmp_path, iter)
         prepared = loop.prepare(trainer)
