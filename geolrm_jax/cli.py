@@ -63,9 +63,10 @@ def train(arguments: Arguments, program: str) -> int | None:
     known, overrides = parser.parse_known_args(arguments)
 
     from geolrm_jax import config, recipe
-    from geolrm_jax.runtime import distributed
+    from geolrm_jax.runtime import distributed, programs
     from geolrm_jax.runtime.interruption import PREEMPTED, Preempted, WatchConfig
 
+    programs.keep_between_runs()
     distributed.initialize(detect=not known.no_cluster, heartbeat=known.heartbeat)
     watch = WatchConfig(known.hang_seconds, known.hang_exit, known.save_seconds, known.profile)
     experiment = config.apply_overrides(config.load_config(known.config), overrides, program=program)
@@ -129,19 +130,18 @@ def evaluate(arguments: Arguments, program: str) -> None:
     )
     _add_cluster_options(parser)
     known = parser.parse_args(arguments)
+    from geolrm_jax import recipe
+    from geolrm_jax.runtime import distributed, programs
+
+    programs.keep_between_runs()
     if known.follow:
         if known.step != "latest" or known.out:
             parser.error("--follow evaluates every step into WORKDIR/eval/STEP: it goes with neither --step nor --out")
         from geolrm_jax.following import FollowConfig, follow
 
-        watched = FollowConfig(
-            known.metric, known.idle_timeout, data=known.data, objects=known.objects, lpips_weights=known.lpips
-        )
-        follow(known.workdir, watched)
+        chosen = {"data": known.data, "split": known.split, "objects": known.objects, "lpips_weights": known.lpips}
+        follow(known.workdir, FollowConfig(known.metric, known.idle_timeout, **chosen))
         return
-
-    from geolrm_jax import recipe
-    from geolrm_jax.runtime import distributed
 
     distributed.initialize(detect=not known.no_cluster, heartbeat=known.heartbeat)
     with distributed.only_first("evaluating") as first:
@@ -179,7 +179,9 @@ def infer(arguments: Arguments, program: str) -> None:
         parser.error(f"--inputs: expected numbers with commas between them, got {known.inputs!r}")
 
     from geolrm_jax import recipe
+    from geolrm_jax.runtime import programs
 
+    programs.keep_between_runs()
     recipe.infer(
         known.workdir,
         known.views,

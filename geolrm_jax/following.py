@@ -11,7 +11,7 @@ from typing import Any
 
 from geolrm_jax.config import Experiment, read_config
 from geolrm_jax.export.files import written_whole
-from geolrm_jax.recipe import evaluate, open_records
+from geolrm_jax.recipe import evaluate, evaluated_split, open_records, report_suffix
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checkpoint import Checkpoints
 from geolrm_jax.runtime.checksums import find_damage
@@ -32,6 +32,8 @@ class FollowConfig:
     """Seconds between looks at the folder."""
     data: Path | None = None
     """A built set or a folder in the GObjaverse layout instead of the objects kept from training."""
+    split: str | None = None
+    """Of the set; by default the protocol's, and "test" of `data`."""
     objects: int | None = None
     """Only the first so many objects."""
     lpips_weights: str | None = None
@@ -138,10 +140,11 @@ class _Reports:
         self.workdir, self.config, self.data = workdir, config, config.data
         if config.metric == "lpips" and not (config.lpips_weights or experiment.reconstruction.objective.lpips_weights):
             raise ValueError("metric lpips needs its weights: name them with --lpips")
-        self.suffix = f"-{config.data.resolve().name}" if config.data else ""
+        self.suffix = report_suffix(config.data, config.split)
         self.best_file = workdir / "eval" / f"best{self.suffix}.json"
         built = workdir / "eval" / f"built{self.suffix}"
-        records = open_records(experiment, workdir, config.data, built)
+        split = evaluated_split(experiment, config.data, config.split)
+        records = open_records(experiment, workdir, config.data, split, built)
         if config.data and not (config.data / "data_config.json").is_file():
             self.data = built / "data"  # made of a folder: once, not for every checkpoint
         self.objects = min(len(records), config.objects or len(records))
@@ -154,6 +157,7 @@ class _Reports:
             self.workdir,
             step=step,
             data=self.data,
+            split=self.config.split,
             objects=self.config.objects,
             lpips_weights=self.config.lpips_weights,
             out=self.folder(step),

@@ -218,9 +218,8 @@ def evaluate(
     """
     experiment = read_config(workdir)
     model, number = restore_model(experiment, workdir, step)
-    names = [*([data.resolve().name] if data else []), *([split] if split else [])]
-    protocol = replace(experiment.evaluation, split=split or ("test" if data else experiment.evaluation.split))
-    out = Path(out) if out else workdir / "eval" / "-".join([str(number), *names])
+    protocol = replace(experiment.evaluation, split=evaluated_split(experiment, data, split))
+    out = Path(out) if out else workdir / "eval" / f"{number}{report_suffix(data, split)}"
     lpips_file = lpips_weights or experiment.reconstruction.objective.lpips_weights
     lpips, lpips_hash = load_lpips(lpips_file) if lpips_file else (None, None)
     records = open_records(experiment, workdir, data, protocol.split, out)
@@ -243,6 +242,16 @@ def evaluate(
         ),
     )
     return as_json
+
+
+def evaluated_split(experiment: Experiment, data: Path | None, split: str | None) -> str:
+    """The one that was asked for, else "test" of other data, else the protocol's."""
+    return split or ("test" if data else experiment.evaluation.split)
+
+
+def report_suffix(data: Path | None, split: str | None) -> str:
+    """What follows the step in the name of a report's folder, where other objects than the protocol's are evaluated."""
+    return "".join(f"-{name}" for name in (data and data.resolve().name, split) if name)
 
 
 def open_records(experiment: Experiment, workdir: Path, data: Path | None, split: str, out: Path) -> Records:

@@ -53,8 +53,8 @@ class TransformerConfig:
     projection: Projection = "camera"
     """Anchors are projected by the camera, or with the principal point's x mirrored (released)."""
     coordinates: Coordinates = "full"
-    """Projections in at least float32, or each operation rounded to bfloat16, as in the released code's mixed precision:
-    the ablation of benchmarks/bf16.py."""
+    """Projections in at least float32, or each operation rounded to bfloat16, as the released mixed precision does: the
+    ablation of benchmarks/bf16.py."""
     dropout: float = 0.0
     """After each of a block's three parts, and on the scores of "released_heads"; in training only."""
 
