@@ -5,17 +5,17 @@
 The processes are real ones of `geolrm train`, joined by jax.distributed over loopback, with collectives on the CPU. A
 round starts all of them, draws one and a moment (in the start of the program, or some steps and a part of a step
 behind it), and sends it SIGKILL. The others must end by themselves, as JAX's heartbeats tell them. The next round goes
-on in the same work directory; a run that comes to its end is compared, and another begun. After the last round the run
-is finished. Every array of the last checkpoint, parameters and optimizer, must be equal to those of a run that was
-never interrupted, bit for bit.
+on in the same work directory, and must say that it goes on from the newest checkpoint there; a run that comes to its
+end is compared, and another begun. After the last round the run is finished. Every array of the last checkpoint,
+parameters and optimizer, must be equal to those of a run that was never interrupted, bit for bit.
 """
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -84,6 +84,18 @@ def newest(workdir: Path) -> int:
     return max((int(path.name) for path in found if path.name.isdigit()), default=0)
 
 
+def said(workdir: Path, process: int) -> str:
+    """What this process, and those before it, have said."""
+    path = Path(f"{workdir}.{process}.log")
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def went_on_from(words: str) -> int:
+    """The step of the checkpoint that the first process has said it goes on from, 0 where it has not."""
+    found = re.search(r"going on from the checkpoint of step (\d+)", words)
+    return int(found[1]) if found else 0
+
+
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint by its name."""
     found = {}
@@ -114,7 +126,7 @@ def wait_for_moment(running: list[subprocess.Popen], workdir: Path, draw: random
       start_seconds: about how long it takes from the start to the first step.
 
     Returns:
-      `in`, "start" or "steps"; `resumed_at`, the newest checkpoint; `seconds_to_first_step`, None if there was none.
+      `in`, "start" or "steps"; `newest`, the checkpoint found; `seconds_to_first_step`, None if there was none.
     """
     before, logged, begun = newest(workdir), steps_logged(workdir), time.monotonic()
     in_start, steps = draw.random() < 0.25, draw.randrange(FEW_STEPS)
@@ -127,12 +139,13 @@ def wait_for_moment(running: list[subprocess.Popen], workdir: Path, draw: random
             time.sleep(draw.uniform(0, 0.2))
             break
         time.sleep(0.02)
-    return {"in": "start" if in_start else "steps", "resumed_at": before, "seconds_to_first_step": first_step}
+    return {"in": "start" if in_start else "steps", "newest": before, "seconds_to_first_step": first_step}
 
 
 def play_round(setup: Setup, workdir: Path, draw: random.Random, start_seconds: float) -> dict:
     """Starts all, kills one, waits for the others; what happened, `wait_for_moment`'s words included."""
-    running, victim = setup.start(workdir), draw.randrange(setup.processes)
+    earlier, victim = len(said(workdir, 0)), draw.randrange(setup.processes)
+    running = setup.start(workdir)
     happened = wait_for_moment(running, workdir, draw, start_seconds)
     happened |= {"victim": victim, "killed": running[victim].poll() is None, "logged": steps_logged(workdir)}
     running[victim].kill()
@@ -146,17 +159,20 @@ def play_round(setup: Setup, workdir: Path, draw: random.Random, start_seconds: 
             process.wait()
             ended.append(False)
     happened["seconds_until_others_ended"] = round(time.monotonic() - killed_at, 1)
+    happened["went_on_from"] = went_on_from(said(workdir, 0)[earlier:])
     return happened | {"codes": [process.returncode for process in running], "others_ended_by_themselves": all(ended)}
 
 
 def bring_to_end(setup: Setup, workdir: Path, expected: dict[str, np.ndarray]) -> dict:
     """Runs without a kill, compares, clears the work directory; exit codes and what differs."""
+    before, earlier = newest(workdir), len(said(workdir, 0))
     codes = setup.finish(workdir)
     if any(codes):
-        print(Path(f"{workdir}.0.log").read_text()[-3000:])
+        print(said(workdir, 0)[-3000:])
     different = ["everything: the run failed"] if any(codes) else differing(expected, arrays(workdir, setup.steps))
     shutil.rmtree(workdir)
-    return {"codes": codes, "differing": different}
+    resumed = {"newest": before, "went_on_from": went_on_from(said(workdir, 0)[earlier:])}
+    return {**resumed, "codes": codes, "differing": different}
 
 
 def play(setup: Setup, count: int, seed: int) -> dict:
@@ -164,7 +180,7 @@ def play(setup: Setup, count: int, seed: int) -> dict:
     calm, torn, draw = setup.folder / "calm", setup.folder / "torn", random.Random(seed)
     begun = time.monotonic()
     if any(setup.finish(calm)):
-        raise SystemExit(Path(f"{calm}.0.log").read_text())
+        raise SystemExit(said(calm, 0))
     start_seconds = (time.monotonic() - begun) / 2
     expected, rounds, ends = arrays(calm, setup.steps), [], []
     while len(rounds) < count:
@@ -178,8 +194,16 @@ def play(setup: Setup, count: int, seed: int) -> dict:
     return {"rounds": rounds, "ends": ends, "arrays": len(expected)}
 
 
+def not_resumed(result: dict) -> list[dict]:
+    """Rounds with a step, and ends, that did not go on from the newest checkpoint that was there."""
+    stepped = [happened for happened in result["rounds"] if happened["seconds_to_first_step"] is not None]
+    return [happened for happened in (*stepped, *result["ends"]) if happened["went_on_from"] != happened["newest"]]
+
+
 def main() -> int:
     """Parses, plays, writes; the exit code is 1 if a run did not resume, ended otherwise, or hung."""
+    from measuring import environment  # beside this file, which tests load from elsewhere
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
@@ -189,22 +213,25 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     known = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as folder:
         setup = Setup(known.processes, known.steps, known.every, known.heartbeat, Path(folder))
         result = play(setup, known.rounds, known.seed)
     about = {name: getattr(known, name) for name in ("processes", "steps", "every", "heartbeat", "seed")}
-    result = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, **about, **result}
+    versions = environment(os.cpu_count(), "flax", "orbax.checkpoint", "grain")
+    result = {**versions, **about, **result}
     if known.json:
         known.json.write_text(json.dumps(result, indent=2) + "\n")
     rounds, ends = result["rounds"], result["ends"]
-    good = not any(end["differing"] for end in ends)
+    lost, good = len(not_resumed(result)), not any(end["differing"] for end in ends)
     hung = sum(not happened["others_ended_by_themselves"] for happened in rounds)
     longest = max(happened["seconds_until_others_ended"] for happened in rounds)
     print(
         f"{len(rounds)} kills, {len(ends)} runs brought to their end, {'all' if good else 'NOT all'} bit-equal in "
-        f"{result['arrays']} arrays; the others ended within {longest:.1f} s, {hung} hung"
+        f"{result['arrays']} arrays; {lost} did not go on from the newest checkpoint; the others ended within "
+        f"{longest:.1f} s, {hung} hung"
     )
-    return 0 if good and not hung else 1
+    return 0 if good and not hung and not lost else 1
 
 
 if __name__ == "__main__":
