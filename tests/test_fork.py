@@ -123,7 +123,7 @@ def test_the_balls_are_balls(lab, base, monkeypatch):
     data = forked(lab["data"], base, monkeypatch).data
     source = replace(data.source, size=64)
     record = make_record(replace(data, source=source, occupancy_grid=32), "train", source.ids("train")[0])
-    voxels = np.argwhere(record.occupancy())
+    voxels = np.argwhere(record.occupancy)
     radii = np.linalg.norm((voxels + 0.5) / 32 - 0.5, axis=-1)
     assert len(voxels) > 50 and 0.2 < radii.mean() < 0.4 and np.ptp(radii) < 3 / 32
 

@@ -123,7 +123,7 @@ def test_bad_work_directories(trained, tiny, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     shutil.rmtree(copy / "reconstruction" / "checkpoints" / "4" / "model")
-    fails(["eval", "--workdir", copy], "reconstruction/checkpoints/4 is incomplete", "no model", capsys=capsys)
+    fails(["eval", "--workdir", copy, "--step", "4"], "reconstruction/checkpoints/4", "is missing", capsys=capsys)
 
 
 def test_bad_configs_and_data(tiny, tmp_path, capsys):

@@ -100,7 +100,8 @@ def test_reconstruction_trains_its_own_network_only(experiment, rng):
         lambda a, b: a - b, copy(state["params"]["reconstruction"]), before["params"]["reconstruction"]
     )
     for part, tree in moved.items():
-        np.testing.assert_allclose(metrics[f"update_norm/reconstruction.{part}"], optax.tree.norm(tree), rtol=1e-3)
+        # The difference of parameters is rounded as they are.
+        np.testing.assert_allclose(metrics[f"update_norm/reconstruction.{part}"], optax.tree.norm(tree), rtol=1e-2)
     parts = ("image", "alpha", "depth", "total_variation")
     np.testing.assert_allclose(metrics["loss"], sum(metrics[p] for p in parts), rtol=1e-6)
     assert state["step"] == 1 and metrics["skipped"] == 0

@@ -59,8 +59,8 @@ def test_a_work_directory_is_complete(workdir, file, tiny):
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert source == {"released": {"file": "released.safetensors", "bytes": file.stat().st_size, "sha256": digest}}
     checkpoints = workdir / "reconstruction" / "checkpoints"
-    assert [folder.name for folder in (checkpoints / "0").iterdir() if folder.is_dir()] == ["model"]
-    assert digest in (checkpoints / "metadata" / "_ROOT_METADATA").read_text()
+    assert {folder.name for folder in (checkpoints / "0").iterdir() if folder.is_dir()} == {"model", "run"}
+    assert digest in (checkpoints / "0" / "run" / "run.json").read_text()
 
 
 def test_the_model_holds_the_files_numbers(workdir, arrays, tiny):
