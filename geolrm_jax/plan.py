@@ -134,8 +134,10 @@ def described(topology: str) -> Sequence[jax.Device]:
         raise ValueError(f"topology {topology!r}: expected one of {', '.join(CHIPS)} with its shape, or cpu:N")
     if not importlib.util.find_spec("libtpu"):
         raise ValueError(f"{topology}: compiling for TPUs needs libtpu: pip install 'geolrm-jax[tpu]'")
-    # libtpu must neither look for a TPU, nor mind another process.
+    # libtpu must neither look for a TPU, nor mind another process, nor complain that nobody says which TPU this is.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except jax.errors.JaxRuntimeError as error:
