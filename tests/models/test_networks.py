@@ -14,6 +14,7 @@ from geolrm_jax.models.gaussian_decoder import GaussianDecoderConfig
 from geolrm_jax.models.geo_transformer import TransformerConfig
 from geolrm_jax.models.geolrm import GeoLRMConfig, ReconstructionConfig
 from geolrm_jax.models.image_encoder import ImageEncoderConfig
+from geolrm_jax.models.layers import SwiGLU, scan_blocks, stack
 from geolrm_jax.models.proposal import ProposalConfig, dense_anchors, select_anchors
 from geolrm_jax.precision import Precision
 from geolrm_jax.scene import Cameras, Views
@@ -168,6 +169,22 @@ def test_batch_statistics_are_torchs(model, rng):
     np.testing.assert_allclose(y, (x - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5), atol=1e-4)
     np.testing.assert_allclose(norm.mean[...], 0.1 * flat.mean(0), rtol=1e-4)
     np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_what_is_computed_again_changes_no_gradient(rng, remat):
+    blocks = stack(lambda r: SwiGLU(8, rngs=r, precision=Precision()), 3, nnx.Rngs(0))
+    structure, parameters = nnx.split(blocks)
+    x = jnp.array(rng.normal(size=(2, 5, 8)), jnp.float32)
+
+    def gradient(remat):
+        def loss(parameters):
+            return jnp.sum(scan_blocks(nnx.merge(structure, parameters), x, remat=remat) ** 2)
+
+        return jax.grad(loss)(parameters)
+
+    kept = jax.tree.map(np.asarray, gradient("none"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), gradient(remat), kept)
 
 
 def test_bfloat16_stays_close(rng):

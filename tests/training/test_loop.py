@@ -102,7 +102,7 @@ def test_operations_for_mfu_leave_out_what_rematerialisation_does_twice(tiny, tm
         counted.append(prepared.flops(tiny.proposal.objective, batch))
         step = prepared.build(tiny.proposal.objective)
         whole.append(count(step, prepared.abstract_state, prepared.constants, batch).total)
-    assert counted[0] == counted[1] == whole[1] < whole[0]
+    assert {*counted} == {whole[2]} and whole[2] < whole[1] < whole[0]
 
 
 def test_capacity_doubles_once_for_steps_in_flight_and_is_remembered(stage, tmp_path):
