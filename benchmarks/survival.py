@@ -96,11 +96,11 @@ def went_on_from(words: str) -> int:
     return int(found[1]) if found else 0
 
 
-def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+def arrays(workdir: Path, step: int, stage: str = "proposal") -> dict[str, np.ndarray]:
     """Every array of a checkpoint by its name."""
     found = {}
     for item in ("model", "optimizer"):
-        folder, handler = workdir / "proposal" / "checkpoints" / str(step) / item, ocp.PyTreeCheckpointHandler()
+        folder, handler = workdir / stage / "checkpoints" / str(step) / item, ocp.PyTreeCheckpointHandler()
         tree = handler.metadata(folder).tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         with ocp.Checkpointer(handler) as checkpointer:

@@ -10,7 +10,7 @@ JAX_COMPILATION_CACHE_DIR saves compiling again.
 
 It is the step that training runs: forward, all losses, backward, guard, optimizer; its state donated, its batch on the
 device already, the host waiting for every step. The batch is `--batch` procedural objects per device, in one part
-whatever the config accumulates, seen from around. Weights are fresh ones, LPIPS's too where the config names no file:
+whatever the config accumulates, seen from around. Weights are fresh ones, LPIPS's random numbers:
 a fresh proposal finds about half of all voxels occupied, so that all anchors are used, spread over the cube. The
 rasterizer's capacity is doubled until nothing overflows, as in training. The programs named by `--compute` and
 `--remat` take turns where the device holds their states at once, else they run one after the other; the row says which.

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def plan(experiment: Experiment, stage: str, topology: str, axes: MeshConfig, *,
     hbm = memory(compiled.memory_analysis(), arguments)
     result |= {"hbm": hbm, "hbm_bytes_per_chip": hbm["total"], "fits": not chip or hbm["total"] <= chip.hbm}
     program = hlo.parse(compiled.as_text())
-    result |= communication(program, mesh, experiment)
+    result |= communication(program, mesh, picture_test(experiment, result["parameters"]))
     return result | ({"model": modelled(chip, topology, cost, result, program)} if chip else {})
 
 
@@ -208,7 +208,7 @@ def memory(found: Any, arguments: tuple) -> dict[str, int]:
     return parts | {"total": sum(parts.values())}
 
 
-def communication(program: hlo.Program, mesh: Mesh, experiment: Experiment) -> dict[str, Any]:
+def communication(program: hlo.Program, mesh: Mesh, of_pictures: Callable[[str], bool]) -> dict[str, Any]:
     """Collectives by kind and mesh axes, the largest of them, and those that move pictures."""
     found = [c for c in program.collectives() if len(c.group) > 1]
     rows: dict[tuple, dict[str, Any]] = {}
@@ -225,23 +225,26 @@ def communication(program: hlo.Program, mesh: Mesh, experiment: Experiment) -> d
             for c in largest
         ],
         "pictures_moved": [
-            {"kind": c.kind, "shape": c.shape, "source": c.source} for c in found if moves_pictures(c, experiment)
+            {"kind": c.kind, "shape": c.shape, "source": c.source}
+            for c in found
+            if c.kind != "all-reduce" and of_pictures(c.shape)  # sums over pictures are no pictures
         ],
         "bytes_per_chip": program.memory_traffic(),
         "loops_counted_once": program.unknown(),
     }
 
 
-def moves_pictures(collective: hlo.Collective, experiment: Experiment) -> bool:
-    """Whether an exchange carries arrays of a picture's height and width, and not only their sums."""
-    if collective.kind == "all-reduce":
-        return False
+def picture_test(experiment: Experiment, known: Sequence[dict[str, Any]]) -> Callable[[str], bool]:
+    """Whether text of shapes names one with a picture's height and width, and not a parameter that has such sides."""
     sides = {experiment.input_size, experiment.render_size}
-    for dims in re.findall(r"\[([\d,]*)\]", collective.shape):
-        lengths = [int(d) for d in dims.split(",") if d]
-        if any(a == b and a in sides for a, b in itertools.pairwise(lengths)):
-            return True
-    return False
+    shapes = [[n for n in row["shape"] if n > 1] for row in known]
+    shapes += [shape[1:] for shape in shapes]  # one layer of those that are stacked
+
+    def is_picture(dims: str) -> bool:
+        lengths = [int(n) for n in dims.split(",") if n not in ("", "1")]
+        return lengths not in shapes and any(a == b and a in sides for a, b in itertools.pairwise(lengths))
+
+    return lambda text: any(map(is_picture, re.findall(r"\[([\d,]*)\]", text)))
 
 
 def modelled(chip: Chip, topology: str, cost: Cost, result: dict, program: hlo.Program) -> dict[str, float]:

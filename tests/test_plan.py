@@ -67,6 +67,13 @@ def test_operations_are_those_of_all_objects(planned, tiny):
     assert planned["flops_per_chip"] == pytest.approx(sum(planned["flops"].values()))
 
 
+def test_pictures_are_known_by_their_sides(tiny):
+    moved = plan.picture_test(load_config(tiny), [{"shape": [3, 28, 28]}, {"shape": [5, 28]}])
+    assert moved("f32[2,3,28,28]") and moved("bf16[7] f32[1,28,28,3]")
+    assert not moved("f32[3,28,28]") and not moved("bf16[1,28,28]")  # parameters
+    assert not moved("f32[28,27]") and not moved("f32[]")
+
+
 def test_communication(planned):
     rows = {(row["kind"], row["axes"]): row for row in planned["collectives"]}
     assert ("all-gather", "fsdp") in rows  # parameters, for their use
