@@ -3,11 +3,12 @@
     python benchmarks/survival.py [--processes 2] [--rounds 20] [--json FILE]
 
 The processes are real ones of `geolrm train`, joined by jax.distributed over loopback, with collectives on the CPU. A
-round starts all of them, draws one and a moment (in the start of the program, or some steps and a part of a step
-behind it), and sends it SIGKILL. The others must end by themselves, as JAX's heartbeats tell them. The next round goes
-on in the same work directory, and must say that it goes on from the newest checkpoint there; a run that comes to its
-end is compared, and another begun. After the last round the run is finished. Every array of the last checkpoint,
-parameters and optimizer, must be equal to those of a run that was never interrupted, bit for bit.
+round starts all of them, draws one and a moment (in the start of the program, or some steps and a part of a step behind
+it), and sends it SIGKILL. The others must end by themselves: JAX's heartbeats tell them, or one does not come to the
+start in time. The next round goes on in the same work directory, and must say that it goes on from the newest
+checkpoint there; a run that comes to its end is compared, and another begun. After the last round the run is finished.
+Every array of the last checkpoint, parameters and optimizer, must be equal to those of a run that was never
+interrupted, bit for bit.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from geolrm_jax.runtime.logging import read_metrics
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "tests" / "configs" / "tiny_proposal.py"
 FEW_STEPS = 8  # a round lives for about so many at most
-PATIENCE = 60  # seconds, beside the heartbeat's, that a process may take to end when another has died
+PATIENCE = 60  # seconds, beside those that JAX waits, that a process may take to end when another has died
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Setup:
     steps: int
     every: int
     heartbeat: int
+    join: int
     folder: Path
 
     def start(self, workdir: Path) -> list[subprocess.Popen]:
@@ -55,7 +57,8 @@ class Setup:
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": str(self.processes)}
         environment |= {"JAX_COORDINATOR_ADDRESS": address, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         command = [sys.executable, "-m", "geolrm_jax.cli", "train", "--config", str(CONFIG), "--workdir", str(workdir)]
-        command += ["--heartbeat", str(self.heartbeat), "--data.root", str(self.folder / "data")]
+        command += ["--heartbeat", str(self.heartbeat), "--join", str(self.join)]
+        command += ["--data.root", str(self.folder / "data")]
         command += ["--proposal.steps", str(self.steps), "--proposal.checkpoint.every", str(self.every)]
         command += ["--proposal.batch", str(2 * self.processes)]
         started = []
@@ -152,7 +155,8 @@ def play_round(setup: Setup, workdir: Path, draw: random.Random, start_seconds: 
     killed_at, ended = time.monotonic(), []
     for process in running:
         try:
-            process.wait(timeout=max(1.0, killed_at + PATIENCE + 4 * setup.heartbeat - time.monotonic()))
+            patience = PATIENCE + setup.join + 4 * setup.heartbeat
+            process.wait(timeout=max(1.0, killed_at + patience - time.monotonic()))
             ended.append(True)
         except subprocess.TimeoutExpired:
             process.kill()
@@ -210,14 +214,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--every", type=int, default=4, help="steps between checkpoints")
     parser.add_argument("--heartbeat", type=int, default=10, help="seconds")
+    parser.add_argument("--join", type=int, default=90, help="seconds that processes wait for each other at the start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     known = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        setup = Setup(known.processes, known.steps, known.every, known.heartbeat, Path(folder))
+        setup = Setup(known.processes, known.steps, known.every, known.heartbeat, known.join, Path(folder))
         result = play(setup, known.rounds, known.seed)
-    about = {name: getattr(known, name) for name in ("processes", "steps", "every", "heartbeat", "seed")}
+    about = {name: getattr(known, name) for name in ("processes", "steps", "every", "heartbeat", "join", "seed")}
     versions = environment(os.cpu_count(), "flax", "orbax.checkpoint", "grain")
     result = {**versions, **about, **result}
     if known.json:

@@ -67,7 +67,7 @@ def train(arguments: Arguments, program: str) -> int | None:
     from geolrm_jax.runtime.interruption import PREEMPTED, Preempted, WatchConfig
 
     programs.keep_between_runs()
-    distributed.initialize(detect=not known.no_cluster, heartbeat=known.heartbeat)
+    distributed.initialize(detect=not known.no_cluster, heartbeat=known.heartbeat, timeout=known.join)
     watch = WatchConfig(known.hang_seconds, known.hang_exit, known.save_seconds, known.profile)
     experiment = config.apply_overrides(config.load_config(known.config), overrides, program=program)
     try:
@@ -85,6 +85,9 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-cluster", action="store_true", help="this process alone, whatever cluster it runs in")
     group.add_argument(
         "--heartbeat", type=int, default=100, metavar="SECONDS", help="a process silent for so long is dead (100)"
+    )
+    group.add_argument(
+        "--join", type=int, default=300, metavar="SECONDS", help="at the start, processes wait so long for all (300)"
     )
 
 
@@ -143,7 +146,7 @@ def evaluate(arguments: Arguments, program: str) -> None:
         follow(known.workdir, FollowConfig(known.metric, known.idle_timeout, **chosen))
         return
 
-    distributed.initialize(detect=not known.no_cluster, heartbeat=known.heartbeat)
+    distributed.initialize(detect=not known.no_cluster, heartbeat=known.heartbeat, timeout=known.join)
     with distributed.only_first("evaluating") as first:
         if first:
             recipe.evaluate(
