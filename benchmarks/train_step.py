@@ -123,6 +123,9 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     experiment = apply_overrides(load_config(arguments.config), overrides, program=parser.prog)
 
+    if arguments.stage not in experiment.stages:
+        parser.error(f"--stage {arguments.stage}: this config has {', '.join(experiment.stages)}")
+
     steps, batch = {}, None
     for compute, remat in itertools.product(arguments.compute, arguments.remat):
         changed = configured(experiment, arguments.stage, arguments.inputs, arguments.batch, compute, remat)
@@ -133,7 +136,8 @@ def main() -> None:
     together = fit_together([step.compiled for step in steps.values()])
     groups = [steps] if together else [{name: step} for name, step in steps.items()]
     result = environment(os.cpu_count(), "flax", "optax", "libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
-    result |= {"config": arguments.config, "overrides": overrides, "stage": arguments.stage, "steps": []}
+    result |= {"config": arguments.config, "overrides": overrides, "stage": arguments.stage}
+    result |= {"xla_flags": os.environ.get("XLA_FLAGS", ""), "steps": []}
     for group in groups:
         result["steps"] += run(group, arguments, together)
         if arguments.json:

@@ -107,7 +107,7 @@ def show(planned: dict[str, Any]) -> None:
     for row in planned["collectives"]:
         moved.add_row(row["kind"], row["axes"], f"{row['times']:,}", _giga(row["bytes_sent"]))
     moved.caption = f"{len(planned['pictures_moved'])} of them move pictures"
-    tables = [of_chip, moved]
+    tables = [of_chip, moved] if planned["collectives"] else [of_chip]
     if "model" in planned:
         times = Table("by the chip's published peaks", "", title="A model of the step, not measured")
         for name, value in planned["model"].items():
@@ -138,4 +138,4 @@ def show_sweep(planned: Sequence[dict[str, Any]]) -> None:
 
 
 def _giga(number: float) -> str:
-    return f"{number / 1e9:,.2f}"
+    return f"{round(number / 1e9, 2) + 0.0:,.2f}"  # no -0.00

@@ -200,6 +200,20 @@ def test_a_notice_to_one_of_two_processes_stops_both_behind_the_same_step(data, 
 
 
 @pytest.mark.slow
+def test_a_process_that_finds_no_first_one_ends(tmp_path):
+    """As when that one dies in its start: JAX ends the process, long before the 300 seconds that it waits by itself."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    own = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "geolrm_jax.cli", "train", "--config", str(CONFIG), "--workdir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **own}
+    done = subprocess.run([*command, "--join", "3"], env=environment, capture_output=True, timeout=200, check=False)
+    assert done.returncode == -signal.SIGABRT and b"DEADLINE_EXCEEDED" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_what_four_processes_saved_one_two_and_three_go_on_with(data, tmp_path):
     """Saved by four processes with two devices each, parameters over two; the next steps see the same rows."""
     options = [*options_of(data, steps=4, batch=24, every=2), "--mesh.fsdp", 2]

@@ -143,7 +143,7 @@ class Program:
         constants = [c for name in root.operands if (c := condition[name]).opcode == "constant"]
         if root.opcode not in ("compare", "fusion") or len(root.operands) != 2 or len(constants) != 1:
             return None
-        return int(constants[0].rest)
+        return int(constants[0].rest) if constants[0].rest.isdigit() else None  # as where a truth value is compared
 
     def _walk(self, place: str, times: int, *, fused: bool = True) -> Iterator[tuple[str, Instruction, int]]:
         """Every instruction that runs, with its computation and how often; those inside of fusions if asked for."""

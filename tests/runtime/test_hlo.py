@@ -87,8 +87,10 @@ def test_memory_traffic_counts_slices_and_leaves_out_what_stays_on_the_chip():
     assert parse(TEXT).memory_traffic() == 5 * a_round + 4 * 32  # and four times 16 bytes in and out
 
 
-def test_a_loop_whose_rounds_depend_on_data_counts_once_and_is_named():
-    open_ended = TEXT.replace("%five = s32[] constant(5)", "%five = s32[] get-tuple-element(%t.1), index=0")
+@pytest.mark.parametrize("bound", ["s32[] get-tuple-element(%t.1), index=0", "pred[] constant(false)"])
+def test_a_loop_whose_rounds_depend_on_data_counts_once_and_is_named(bound):
+    open_ended = TEXT.replace("%five = s32[] constant(5)", f"%five = {bound}")
+    assert open_ended != TEXT
     program = parse(open_ended)
     assert program.unknown() == ["loop"]
     assert {c.kind: c.times for c in program.collectives()}["all-gather"] == 1
