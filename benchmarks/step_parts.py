@@ -112,7 +112,8 @@ class Parts:
           backward: False for a part that gets no gradient.
           of: name of the row that this one is a share of.
         """
-        graphdef, parameters, rest = nnx.split(module_at(path, self.model), nnx.Param, ...)
+        graphdef, *states = nnx.split(module_at(path, self.model), nnx.Param, ...)
+        parameters, rest = map(nnx.to_pure_dict, states)  # batch statistics are written where they are merged
         function, bare = (self.function(g, call) for g in (graphdef, nnx.split(module_at(path, self.bare))[0]))
         arguments = (parameters, moving, rest, still)
         programs = {"forward": Program(function, *arguments)}
