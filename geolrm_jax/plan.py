@@ -273,6 +273,12 @@ def modelled(chip: Chip, topology: str, cost: Cost, result: dict, program: hlo.P
     }
 
 
+def usual_meshes(chips: int) -> list[MeshConfig]:
+    """Meshes worth a look on so many chips: parameters and anchors of an object on one chip, or split."""
+    choices = [MeshConfig(fsdp=fsdp, context=context) for context in (1, 4) for fsdp in (1, 4, 16)]
+    return [mesh for mesh in choices if chips % (mesh.fsdp * mesh.context) == 0]
+
+
 def sweep(
     experiment: Experiment, stage: str, topology: str, meshes: Sequence[MeshConfig], *, inputs: int
 ) -> Iterator[dict[str, Any]]:

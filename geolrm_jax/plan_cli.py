@@ -33,7 +33,9 @@ def run(arguments: Sequence[str], program: str) -> None:
         "--mesh", action="append", type=_mesh, metavar="AXIS=N,...", help="data=16,fsdp=4 (the config's); see --sweep"
     )
     parser.add_argument(
-        "--sweep", action="store_true", help="each --mesh with 1, 2, 4, ... objects per part until they do not fit"
+        "--sweep",
+        action="store_true",
+        help="each --mesh, or usual ones, with 1, 2, 4, ... objects per part until they do not fit",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, a list of them for a sweep")
     if not any(a.startswith("--config") for a in arguments) and {"-h", "--help"} & set(arguments):
@@ -53,6 +55,7 @@ def run(arguments: Sequence[str], program: str) -> None:
         show(planned)
     else:
         planned = []
+        meshes = known.mesh or plan.usual_meshes(len(plan.described(known.topology)))
         for found in plan.sweep(experiment, known.stage, known.topology, meshes, inputs=inputs):
             planned.append(found)
             logging.notice(summary(found))

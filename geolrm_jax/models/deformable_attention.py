@@ -15,6 +15,7 @@ from geolrm_jax.models.layers import linear
 from geolrm_jax.precision import Precision, full
 from geolrm_jax.scene import Anchors, Views, pytree
 from kernels_pallas.deformable_attention import multiview_deformable_attention
+from kernels_pallas.mesh import context_shards
 
 ViewMask = Literal["visible", "none"]
 Projection = Literal["camera", "mirrored"]
@@ -56,7 +57,12 @@ def look(
       projection: by the camera, or with the principal point's x mirrored (released: x is flipped about the middle of
         the image after a projection along Blender's axes, which is the same where the principal point is centred).
       coordinates: rounded at every operation of the projection to bfloat16, or not.
+
+    Raises:
+      ValueError: if all views shall count where the mesh splits them over `context`, which may have padded them.
     """
+    if view_mask == "none" and context_shards() > 1:
+        raise ValueError('view_mask "none" also counts views that pad a batch: mesh axis context must be 1')
     rounded = functools.partial(jax.lax.reduce_precision, **BFLOAT16) if coordinates == "bfloat16" else exact
     pixels, z = project(views.cameras, anchors.positions, rounded)
     size = jnp.array([views.cameras.width, views.cameras.height], pixels.dtype)

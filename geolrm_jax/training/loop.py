@@ -135,9 +135,13 @@ class Prepared:
 def prepare(trainer: Trainer, mesh: Mesh | None = None, constants: Any = None) -> Prepared:
     """Everything of a stage that is decided before the first batch.
 
-    For a mesh of devices that are described and not there, `constants` are their shapes: nothing is put on it.
+    A mesh is given together with what the objective has of `constants`, laid out on it; for devices that are described
+    and not there these are shapes. Without one it is the trainer's own, and the constants are loaded.
     """
-    stage, mesh = trainer.stage, mesh or trainer.mesh.make()
+    stage = trainer.stage
+    if mesh is None:
+        mesh = trainer.mesh.make()
+        constants = jax.device_put(stage.objective.constants(trainer.precision), NamedSharding(mesh, PartitionSpec()))
     model = stage.objective.networks(trainer.model)
     optimizer, schedule = stage.optimizer.make(stage.steps), stage.optimizer.schedule(stage.steps)
 
@@ -149,9 +153,6 @@ def prepare(trainer: Trainer, mesh: Mesh | None = None, constants: Any = None) -
     abstract = jax.eval_shape(init, key)
     shardings = shard_tree(mesh, abstract)
     abstract_state = abstract_with_sharding(abstract, shardings)
-    if constants is None:
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        constants = jax.device_put(stage.objective.constants(trainer.precision), everywhere)
 
     def fresh() -> State:
         return with_values(jax.jit(init, out_shardings=shardings)(key), trainer.start(abstract_state), shardings)

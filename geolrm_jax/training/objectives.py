@@ -128,10 +128,11 @@ class ReconstructionObjective(Objective):
     trains: ClassVar = ("reconstruction",)
 
     def constants(self, precision: Precision) -> Lpips | None:
-        """LPIPS, if a weights file is given."""
-        if self.lpips_weights:
+        """LPIPS, if it has a weight and a file is given."""
+        if self.lpips and self.lpips_weights:
             return load_lpips(self.lpips_weights, precision)[0]
-        logging.notice("reconstruction: no LPIPS weights file, the term is off")
+        if self.lpips:
+            logging.notice("reconstruction: no LPIPS weights file, the term is off")
         return None
 
     def abstract_constants(self, precision: Precision) -> Lpips | None:

@@ -117,15 +117,14 @@ def norms_of_parts(name: str, networks: Mapping[str, Mapping[str, Any]]) -> Metr
 
 def mean_of_scan(body, carry, parts):
     """Scans `body` over the leading axis of `parts` and averages its outputs without stacking them."""
-    first = jax.tree.map(lambda x: x[0], parts)
-    carry, total = body(carry, first)
-    count = len(jax.tree.leaves(parts)[0])
-    if count > 1:
+    first, count = jax.tree.map(lambda x: x[0], parts), len(jax.tree.leaves(parts)[0])
+    if count == 1:
+        return body(carry, first)
 
-        def add(carry_and_total, part):
-            carry, out = body(carry_and_total[0], part)
-            return (carry, jax.tree.map(jnp.add, carry_and_total[1], out)), None
+    def add(carry_and_total, part):
+        carry, out = body(carry_and_total[0], part)
+        return (carry, jax.tree.map(jnp.add, carry_and_total[1], out)), None
 
-        rest = jax.tree.map(lambda x: x[1:], parts)
-        (carry, total), _ = jax.lax.scan(add, (carry, total), rest)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(body, carry, first)[1])
+    (carry, total), _ = jax.lax.scan(add, (carry, nothing), parts)
     return carry, jax.tree.map(lambda x: x / count, total)
