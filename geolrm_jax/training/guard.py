@@ -17,7 +17,7 @@ class GuardConfig:
     """Which steps are skipped, and what follows when they are many."""
 
     spike: float = 10.0
-    """A gradient whose norm is above so many times the median of the window is skipped."""
+    """A gradient whose norm is above so many times the median of the window, where that is not 0, is skipped."""
     window: int = 100
     """Steps that the median and the count of skipped steps look back; spikes are skipped once it is half full."""
     max_rollbacks: int = 2
@@ -59,7 +59,7 @@ def judge(
     median = jnp.nanmedian(guard["norms"])
     enough = 2 * jnp.sum(jnp.isfinite(guard["norms"])) >= config.window
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    usable = finite & ~(enough & (norm > config.spike * median))
+    usable = finite & ~(enough & (median > 0) & (norm > config.spike * median))  # of zeros anything is a multiple
     place = step % config.window
     after = {
         "norms": guard["norms"].at[place].set(jnp.where(finite, norm, jnp.nan).astype(jnp.float32)),

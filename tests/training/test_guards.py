@@ -64,6 +64,12 @@ def test_a_level_that_stays_becomes_the_median():
     assert usable[:10] == [True] * 10 and usable[10:] == [False] * 3 + [True] * 7
 
 
+def test_gradients_after_zeros_are_no_spikes():
+    said, _ = verdicts([0.0] * 5 + [0.5] * 5 + [6.0], GuardConfig(spike=10.0, window=6))
+    assert [usable for usable, *_ in said] == [True] * 10 + [False]
+    assert [median for *_, median in said[3:6]] == [0.0] * 3
+
+
 def test_bad_configs_are_refused():
     for wrong in (dict(spike=1.0), dict(window=1), dict(max_rollbacks=-1)):
         with pytest.raises(ValueError, match="expected spike > 1"):
