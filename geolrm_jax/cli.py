@@ -8,6 +8,7 @@ from pathlib import Path
 import absl.logging
 
 Arguments = Sequence[str]
+NO_CLUSTER = "this process alone, whatever cluster it runs in"
 
 
 def main(arguments: Arguments | None = None) -> int:
@@ -82,7 +83,7 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "several processes", "found by themselves on clusters that JAX knows; see docs/scale.md"
     )
-    group.add_argument("--no-cluster", action="store_true", help="this process alone, whatever cluster it runs in")
+    group.add_argument("--no-cluster", action="store_true", help=NO_CLUSTER)
     group.add_argument(
         "--heartbeat", type=int, default=100, metavar="SECONDS", help="a process silent for so long is dead (100)"
     )
@@ -131,33 +132,20 @@ def evaluate(arguments: Arguments, program: str) -> None:
         metavar="SECONDS",
         help="end with an error when no new checkpoint has come for so long (never)",
     )
-    _add_cluster_options(parser)
+    parser.add_argument("--no-cluster", action="store_true", help=NO_CLUSTER)
     known = parser.parse_args(arguments)
-    from geolrm_jax import recipe
+    from geolrm_jax import following, recipe
     from geolrm_jax.runtime import distributed, programs
 
     programs.keep_between_runs()
-    if known.follow:
-        if known.step != "latest" or known.out:
-            parser.error("--follow evaluates every step into WORKDIR/eval/STEP: it goes with neither --step nor --out")
-        from geolrm_jax.following import FollowConfig, follow
-
-        chosen = {"data": known.data, "split": known.split, "objects": known.objects, "lpips_weights": known.lpips}
-        follow(known.workdir, FollowConfig(known.metric, known.idle_timeout, **chosen))
-        return
-
-    distributed.initialize(detect=not known.no_cluster, heartbeat=known.heartbeat, timeout=known.join)
-    with distributed.only_first("evaluating") as first:
-        if first:
-            recipe.evaluate(
-                known.workdir,
-                step=known.step,
-                data=known.data,
-                split=known.split,
-                objects=known.objects,
-                lpips_weights=known.lpips,
-                out=known.out,
-            )
+    if known.follow and (known.step != "latest" or known.out):
+        parser.error("--follow evaluates every step into WORKDIR/eval/STEP: it goes with neither --step nor --out")
+    chosen = {"data": known.data, "split": known.split, "objects": known.objects, "lpips_weights": known.lpips}
+    with distributed.by_one(detect=not known.no_cluster) as mine:
+        if mine and known.follow:
+            following.follow(known.workdir, following.FollowConfig(known.metric, known.idle_timeout, **chosen))
+        elif mine:
+            recipe.evaluate(known.workdir, step=known.step, out=known.out, **chosen)
 
 
 @clear_errors

@@ -35,7 +35,7 @@ from geolrm_jax.inference import reconstruct, reconstruct_and_count
 from geolrm_jax.rendering import Renderer
 from geolrm_jax.runtime import distributed, logging
 from geolrm_jax.runtime.exclusive import exclusive
-from geolrm_jax.runtime.interruption import WATCH, WatchConfig
+from geolrm_jax.runtime.interruption import WATCH, WatchConfig, ending_when_told
 from geolrm_jax.runtime.sharding import row_share
 from geolrm_jax.scene import Batch, Gaussians, Views
 from geolrm_jax.starting import restore_model, start
@@ -54,6 +54,7 @@ def run(experiment: Experiment, workdir: Path, watch: WatchConfig = WATCH) -> No
 
     Raises:
       Preempted: if training was told to stop; it has saved, and goes on when this is called again.
+      SystemExit: 75, if a single process was told to stop at anything else; of several, each ends with that code.
     """
     started = time.perf_counter()
     logging.notice(f"{experiment.name}: {workdir} on {jax.device_count()} x {jax.devices()[0].device_kind}")
@@ -66,7 +67,7 @@ def run(experiment: Experiment, workdir: Path, watch: WatchConfig = WATCH) -> No
         )
     check_batches(experiment)
     data = data_directory(experiment, workdir)
-    with exclusive(workdir):
+    with ending_when_told(), exclusive(workdir):
         with distributed.only_first("building the data") as first:
             if first:
                 record_weights(experiment, workdir)

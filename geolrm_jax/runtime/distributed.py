@@ -26,13 +26,14 @@ EXPLICIT = {
     "process_id": "JAX_PROCESS_ID",
 }
 SHUTDOWN = 60  # seconds that an ending process waits for the others
-DAY = 86_400.0
+TPUS = ("tpu", "gcetpu", "gketpu")  # clusters whose chips only answer when a process of every host asks
 
 _HOSTS = "geolrm/hosts/"
+_TOLD = "RECEIVED_PREEMPTION_NOTICE"  # JAX's preemption service has written it: some process got SIGTERM
 _barriers: collections.Counter[str] = collections.Counter()
 
 
-def initialize(*, detect: bool = True, heartbeat: int = 100, timeout: int = 300) -> None:
+def initialize(*, detect: bool = True, heartbeat: int = 100, timeout: int = 300, notices: bool = True) -> None:
     """Joins the processes of this run; does nothing where there is one only, or where it was called before.
 
     To be called before anything asks for a device. JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES
@@ -43,6 +44,7 @@ def initialize(*, detect: bool = True, heartbeat: int = 100, timeout: int = 300)
       detect: False looks for no cluster.
       heartbeat: seconds without a sign of life after which a process counts as dead and all others end.
       timeout: seconds that processes wait for each other at the start; then they end.
+      notices: whether JAX takes SIGTERM for `interruption`; otherwise it ends each process as always.
 
     Raises:
       ValueError: if a variable is no number, or one is missing and no cluster is there to give it.
@@ -54,14 +56,16 @@ def initialize(*, detect: bool = True, heartbeat: int = 100, timeout: int = 300)
     for name in ("num_processes", "process_id"):
         if name in given:
             given[name] = _number(EXPLICIT[name], given[name])
-    cluster = detected_cluster() if detect and len(given) < len(EXPLICIT) else None
-    if not given and not cluster:
+    cluster = _cluster() if detect and len(given) < len(EXPLICIT) else None
+    if not given and cluster is None:
         return
-    missing = [variable for name, variable in EXPLICIT.items() if name not in given]
-    if missing and not cluster:
-        raise ValueError(
-            f"{', '.join(missing)} not set, and no cluster detected that would say: set all of {_listed()}"
-        )
+    missing = [name for name in EXPLICIT if name not in given]
+    if missing and cluster is None:
+        variables = ", ".join(EXPLICIT[name] for name in missing)
+        raise ValueError(f"{variables} not set, and no cluster detected that would say: set all of {_listed()}")
+    if "process_id" in missing:
+        _ask(cluster, "get_process_id")
+    jax.config.update("jax_enable_preemption_service", notices)
     jax.distributed.initialize(
         **given,
         cluster_detection_method=None if cluster else "deactivate",
@@ -83,12 +87,56 @@ def _listed() -> str:
     return ", ".join(EXPLICIT.values())
 
 
+def _cluster() -> type[ClusterEnv] | None:
+    """The cluster that JAX would take by itself."""
+    types = (cluster for cluster in ClusterEnv._cluster_types if not cluster.opt_in_only_method)
+    return next((cluster for cluster in types if cluster.is_env_present()), None)
+
+
+def _ask(cluster: type[ClusterEnv], question: str) -> int:
+    """A number that the cluster knows; a pod of Kubernetes need not belong to a job that has any."""
+    try:
+        return getattr(cluster, question)()
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{_name(cluster)} does not say which process this is ({error}): run it alone with --no-cluster, or set "
+            f"all of {_listed()}"
+        ) from error
+
+
+def _name(cluster: type[ClusterEnv]) -> str:
+    return cluster.name or cluster.__name__  # Kubernetes' has no name
+
+
 def detected_cluster() -> str | None:
     """What JAX calls the cluster that this process runs in, None outside of one."""
-    for cluster in ClusterEnv._cluster_types:
-        if not cluster.opt_in_only_method and cluster.is_env_present():
-            return cluster.name
-    return None
+    cluster = _cluster()
+    return None if cluster is None else _name(cluster)
+
+
+@contextlib.contextmanager
+def by_one(*, detect: bool = True) -> Iterator[bool]:
+    """True in the body on one process of those that a cluster starts, which does the work; the others leave.
+
+    It starts no run of several processes, so that it may be called in a job beside one. Only on the hosts of a TPU
+    slice, whose chips answer to all hosts or to none, they join and wait.
+
+    Args:
+      detect: False looks for no cluster: this process does it.
+
+    Raises:
+      ValueError: if a cluster is there and does not say which process this is.
+    """
+    cluster = _cluster() if detect else None
+    given = os.environ.get(EXPLICIT["process_id"]) if detect else None
+    if cluster is not None and cluster.name in TPUS:
+        initialize(notices=False)
+        with only_first("the work") as first:
+            yield first
+    elif given:
+        yield _number(EXPLICIT["process_id"], given) == 0
+    else:
+        yield cluster is None or _ask(cluster, "get_process_id") == 0
 
 
 def host_names() -> list[str]:
@@ -132,15 +180,54 @@ def barrier(name: str, timeout: float) -> None:
 
 
 @contextlib.contextmanager
-def only_first(name: str, timeout: float = DAY) -> Iterator[bool]:
-    """True in the body on process 0, which does the work; the others leave when it is done.
+def only_first(name: str) -> Iterator[bool]:
+    """True in the body on process 0, which does the work; the others leave when it is done, however long it takes.
 
     Args:
-      name: of the work, for the error of `barrier`.
-      timeout: seconds until those who wait give up. A first process that dies ends them sooner.
+      name: of the work, for the error.
+
+    Raises:
+      ValueError: on the others, if the work ended with an error on process 0, which says which. If that process dies
+        JAX ends them.
     """
-    yield jax.process_index() == 0
-    barrier(name, timeout)
+    if not jax.distributed.is_initialized():
+        yield True
+        return
+    _barriers[name] += 1
+    client, place = global_state.client, f"geolrm/work/{name}/{_barriers[name]}"
+    if global_state.process_id == 0:
+        try:
+            yield True
+        except BaseException:
+            client.key_value_set(place, "failed")
+            raise
+        client.key_value_set(place, "done")
+        return
+    yield False
+    while (result := _read(place)) is None:
+        pass
+    if result != "done":
+        raise ValueError(f"{name} failed: process 0 says why")
+
+
+def _read(place: str, seconds: int = 60) -> str | None:
+    """What a process has written there, or does within so many seconds."""
+    try:
+        return global_state.client.blocking_key_value_get(place, 1000 * seconds)
+    except JaxRuntimeError as error:
+        if not str(error).startswith("DEADLINE_EXCEEDED"):
+            raise
+        return None
+
+
+def told() -> bool:
+    """Whether JAX's coordination service knows of a SIGTERM to any process of this run; False if there is none."""
+    if not jax.distributed.is_initialized():
+        return False
+    try:
+        return bool(global_state.client.key_value_try_get(_TOLD))
+    except JaxRuntimeError:  # not there; nor is the service, perhaps, and then JAX ends the process
+        return False
 
 
 def per_host(values: Mapping[str, float]) -> dict[str, np.ndarray]:
