@@ -13,17 +13,21 @@
 #SBATCH --signal=TERM@300        # to all tasks, 300 s before the time is over: they save and end with code 75
 
 # JAX finds the processes by Slurm's variables. Data and work directory must lie on a file system that all nodes share.
-# A task that dies ends the others within --heartbeat seconds; --kill-on-bad-exit ends those that hang.
-srun --kill-on-bad-exit=1 --wait=60 geolrm train \
+# A task that dies ends the others within --heartbeat seconds, and --hang-exit ends those that hang. srun must not kill
+# when the first task ends with 75, while others still finish their save: they have --wait seconds for it.
+# srun does not take --cpus-per-task from the job (Slurm 22.05 and later).
+work="${WORKDIR:-$PWD/workdir/geolrm}"
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$(dirname "$work")/programs}"
+srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task="$SLURM_CPUS_PER_TASK" geolrm train \
   --config geolrm \
-  --workdir "${WORKDIR:-$PWD/workdir/geolrm}" \
+  --workdir "$work" \
   --data.root "${DATA:-$PWD/data/gobjaverse}" \
   --heartbeat 60 --save-seconds 240 --hang-exit \
   "$@"
 code=$?
 
-# 75: told to stop, saved, not done.
-if [ "$code" -eq 75 ]; then
+# 75: told to stop, saved, not done. 76: told to stop, not saved in time; it goes on from the checkpoint before.
+if [ "$code" -eq 75 ] || [ "$code" -eq 76 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from geolrm_jax import cli, recipe
-from geolrm_jax.runtime.interruption import PREEMPTED
+from geolrm_jax.runtime.interruption import NOT_SAVED, PREEMPTED
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 
@@ -37,7 +37,9 @@ def test_the_slurm_script(parse):
     assert experiment.name == "geolrm" and watch.hang_exit
     limit = int(re.search(r"--signal=TERM@(\d+)", text).group(1))
     assert watch.save_seconds < limit
-    assert f'"$code" -eq {PREEMPTED} ' in text
+    assert f'"$code" -eq {PREEMPTED} ' in text and f'"$code" -eq {NOT_SAVED} ' in text
+    # At 1, srun kills the tasks that still save when the first has ended with 75, and the job is not requeued.
+    assert "srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task=" in text
 
 
 @pytest.mark.parametrize("name", ["jobset-tpu.yaml", "jobset-gpu.yaml"])
@@ -51,11 +53,16 @@ def test_the_job_sets(name, parse):
     assert experiment.name == "geolrm"
     assert watch.save_seconds < pod["terminationGracePeriodSeconds"]
     [rule] = spec["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["values"] == [PREEMPTED] and rule["onExitCodes"]["containerName"] == container["name"]
+    assert (
+        rule["onExitCodes"]["values"] == [PREEMPTED, NOT_SAVED]
+        and rule["onExitCodes"]["containerName"] == container["name"]
+    )
     assert spec["parallelism"] == spec["completions"] and spec["completionMode"] == "Indexed"
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
     environment = {entry["name"]: entry.get("value") for entry in container.get("env", ())}
+    cache = environment.pop("JAX_COMPILATION_CACHE_DIR")
+    assert any(cache.startswith(mount["mountPath"] + "/") for mount in container["volumeMounts"])
     if environment:
         first = f"{tree['metadata']['name']}-{job['name']}-0-0.{tree['metadata']['name']}:"
         assert environment["JAX_COORDINATOR_ADDRESS"].startswith(first)
