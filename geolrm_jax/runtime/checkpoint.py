@@ -29,7 +29,7 @@ from flax import serialization
 
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checksums import find_damage, write_checksums
-from geolrm_jax.runtime.exclusive import agreed
+from geolrm_jax.runtime.exclusive import agreed, by_first
 from geolrm_jax.runtime.saved_model import SavedModel, does_not_fit, first_line
 
 FORMAT_VERSION = 3  # 1 had no batch counts and no mask token, 2 no checksums
@@ -46,11 +46,11 @@ class CheckpointConfig:
     every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
-    """Latest checkpoints kept."""
+    """Latest checkpoints of multiples of `every` that are kept; the newest is, also between them."""
     keep_every: int | None = None
     """Checkpoints of multiples of this step are kept for good; a multiple of `every`."""
     best: str = "loss"
-    """Training metric, the mean since the last checkpoint, whose best value `best` stands for; it is kept too."""
+    """Training metric whose best value `best` stands for, the mean of an interval of `every` steps; it is kept too."""
     higher_is_better: bool = False
     """Whether the highest value of that metric is the best, or the lowest."""
 
@@ -72,9 +72,9 @@ class CheckpointConfig:
 
     def kept(self, metrics: Mapping[int, Mapping[str, float]]) -> set[int]:
         """Which of the steps, given with their metrics, stay."""
-        latest, best = sorted(metrics)[-self.keep :], self.best_of(metrics)
+        scheduled, best = [step for step in sorted(metrics) if step % self.every == 0], self.best_of(metrics)
         for_good = [step for step in metrics if self.keep_every and step % self.keep_every == 0]
-        return {*latest, *for_good, *([] if best is None else [best])}
+        return {*scheduled[-self.keep :], max(metrics), *for_good, *([] if best is None else [best])}
 
 
 class Checksummed(ocp.CompositeCheckpointHandler):
@@ -115,7 +115,7 @@ class Checkpoints:
         self.directory, self.config, self.run = Path(directory).absolute(), config, dict(run or {})
         self._write, self._saving, self._sound = write, None, set()
         if write:
-            self._prepare()
+            by_first(str(self.directory), self._prepare)  # nobody looks before it is done
         elif not self.directory.is_dir():
             raise FileNotFoundError(f"no checkpoints at {self.directory}: expected a folder that training has written")
         self._processes = ocp.options.MultiprocessingOptions()
@@ -135,13 +135,11 @@ class Checkpoints:
         self._check_version()
 
     def _prepare(self) -> None:
-        if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.directory).close()  # what cannot be written is an error now, not at a save
-            for suffix in (UNFINISHED, DELETED):
-                for folder in self.directory.glob(f"*{suffix}"):
-                    shutil.rmtree(folder)
-        agreed(0)  # nobody looks before it is done
+        self.directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.directory).close()  # what cannot be written is an error now, not at a save
+        for suffix in (UNFINISHED, DELETED):
+            for folder in self.directory.glob(f"*{suffix}"):
+                shutil.rmtree(folder)
 
     def _check_version(self) -> None:
         found = {step: self._about(step).get("format_version") for step in self.steps}
@@ -178,6 +176,12 @@ class Checkpoints:
             raise FileNotFoundError(
                 f"no checkpoint {which!r} in {self.directory}: expected latest, best or one of the steps {listed}"
             )
+        return step
+
+    def newest_for_all(self) -> int:
+        """As `resolve("latest")`; of several processes, which call it together, process 0 alone reads all files."""
+        step = agreed(by_first(str(self.directory), lambda: self.resolve("latest")) or 0)
+        self._sound.add((step, "model"))
         return step
 
     def metrics(self, step: int) -> dict[str, float]:
@@ -255,6 +259,12 @@ class Checkpoints:
                 f"{first_line(error)}"
             ) from error
 
+    def check(self) -> None:
+        """Raises as `save` does if what is being written has failed on this process; waits for nothing."""
+        if self._saving is not None:
+            with self._writing(self._saving):
+                self._checkpointer.check_for_errors()
+
     def _delete_old(self, newest: int) -> None:
         metrics = {step: found for step, found in self._all_metrics().items() if step <= newest}
         for step in {*self.steps} - self.config.kept(metrics):
@@ -269,20 +279,15 @@ class Checkpoints:
           ValueError: if there are checkpoints, but none is sound; nothing is renamed then.
         """
         self.wait()
-        step, none_sound = None, ""
-        if jax.process_index() == 0:
-            try:
-                step, damaged = self._newest_sound(("model", "optimizer", "run"))
-                for number in damaged:
-                    self._move_aside(number)
-            except ValueError as error:
-                none_sound = str(error)
-        found = agreed(-2 if none_sound else -1 if step is None else step)
-        if found == -2:
-            raise ValueError(none_sound or f"no checkpoint in {self.directory} is sound: process 0 says why")
-        if found == -1:
-            return None
-        return found, self.restore(found, abstract_state, iterator)
+        step = by_first(f"no checkpoint in {self.directory} is sound", self._newest_moving_others)
+        found = agreed(-1 if step is None else step)
+        return None if found == -1 else (found, self.restore(found, abstract_state, iterator))
+
+    def _newest_moving_others(self) -> int | None:
+        step, damaged = self._newest_sound(("model", "optimizer", "run"))
+        for number in damaged:
+            self._move_aside(number)
+        return step
 
     def _newest_sound(self, items: Iterable[str]) -> tuple[int | None, list[int]]:
         """The newest step whose items are undamaged, and the newer ones, each with a warning; None without any."""

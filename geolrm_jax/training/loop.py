@@ -22,15 +22,15 @@ from geolrm_jax.precision import Precision
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checkpoint import CheckpointConfig, Checkpoints, abstract_with_sharding
 from geolrm_jax.runtime.cost import count
-from geolrm_jax.runtime.exclusive import agreed
 from geolrm_jax.runtime.interruption import WATCH, Preempted, Preemption, Profile, WatchConfig, Watchdog
 from geolrm_jax.runtime.sharding import MeshConfig, batch_sharding, put_batch, shard_tree
 from geolrm_jax.scene import Batch
 from geolrm_jax.training.batches import Batches
 from geolrm_jax.training.guard import GuardConfig
-from geolrm_jax.training.monitor import DOUBLINGS, RECENT, Diverged, Monitor
+from geolrm_jax.training.monitor import Diverged, Monitor
 from geolrm_jax.training.objectives import Objective
 from geolrm_jax.training.optimizer import OptimizerConfig
+from geolrm_jax.training.rollback import read_order, roll_back
 from geolrm_jax.training.step import INIT, State, init_state, make_train_step
 
 
@@ -184,18 +184,19 @@ def train(trainer: Trainer) -> None:
       Preempted: if the run was told to stop; it has saved.
       FloatingPointError: if too many steps are skipped, after the last rollback too.
     """
-    prepared, order = prepare(trainer), 0
+    directory = trainer.directory / trainer.name
+    prepared, order = prepare(trainer), read_order(directory)
     with (
         Preemption(trainer.watch.save_seconds) as preemption,
-        Watchdog(trainer.directory / trainer.name, trainer.watch) as watchdog,
+        Watchdog(directory, trainer.watch) as watchdog,
     ):
         while True:
             batches = Batches(trainer.batches, order)
             try:
                 return train_in_order(trainer, prepared, batches, preemption, watchdog)
             except Diverged as diverged:
-                roll_back(trainer, batches.order, diverged)
-                order = batches.order + 1
+                with contextlib.closing(open_checkpoints(trainer)) as checkpoints:
+                    order = roll_back(directory, trainer.stage, checkpoints, batches.order, diverged)
 
 
 def train_in_order(
@@ -207,13 +208,13 @@ def train_in_order(
         stack.enter_context(contextlib.closing(batches))
         checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(trainer)))
         first, state = checkpoints.restore_newest(prepared.abstract_state, batches) or (0, prepared.init())
-        doublings = int(checkpoints.metrics(first)[DOUBLINGS]) if first else 0
+        saved = checkpoints.metrics(first) if first else {}
         if first:
             logging.notice(f"{trainer.name}: going on from the checkpoint of step {first}")
         log = stack.enter_context(logging.RunLogger(trainer.directory, trainer.name, first or None))
         bar = stack.enter_context(logging.progress(trainer.name, stage.steps, start=first))
         profile = stack.enter_context(Profile(trainer.directory / "profile" / trainer.name, trainer.watch.profile))
-        monitor = Monitor(trainer.name, stage, prepared.build, prepared.flops, log, bar, directory, doublings)
+        monitor = Monitor(trainer.name, stage, prepared.build, prepared.flops, log, bar, directory, saved)
         for done in range(first + 1, stage.steps + 1):
             profile.before(done)
             started = time.perf_counter()
@@ -230,11 +231,14 @@ def train_in_order(
             }
             profile.after(done, state)
             stop = preemption.due()
-            save = stop or done % stage.checkpoint.every == 0 or done == stage.steps
+            due = done % stage.checkpoint.every == 0 or done == stage.steps
+            save = stop or due
             monitor.add(done, metrics, host, damaged=batches.damaged, flush=save)
             watchdog.beat(done)
+            if done % stage.log_every == 0:
+                checkpoints.check()
             if save:
-                checkpoints.save(done, state, batches, monitor.since_save())
+                checkpoints.save(done, state, batches, monitor.since_save(due))
             if stop:
                 checkpoints.wait()
                 raise Preempted(f"{trainer.name}: told to stop; saved at step {done} of {stage.steps}")
@@ -244,30 +248,6 @@ def open_checkpoints(trainer: Trainer) -> Checkpoints:
     """The stage's, for writing."""
     directory = trainer.directory / trainer.name / "checkpoints"
     return Checkpoints(directory, trainer.stage.checkpoint, write=True, run=trainer.about)
-
-
-def roll_back(trainer: Trainer, order: int, diverged: Diverged) -> None:
-    """Takes away the checkpoints that were saved amid skipped steps.
-
-    Raises:
-      FloatingPointError: if the stage has gone back as often as it may.
-    """
-    stage, guard = trainer.stage, trainer.stage.guard
-    skipped = f"{trainer.name}: {diverged.skipped} of the last {guard.window} steps skipped at step {diverged.step}"
-    if order >= guard.max_rollbacks:
-        raise FloatingPointError(
-            f"{skipped}, after {order} rollbacks: each is in {diverged.file}; lower optimizer.learning-rate, look at "
-            "the data, or raise guard.spike"
-        )
-    with contextlib.closing(open_checkpoints(trainer)) as checkpoints:
-        steps = checkpoints.steps
-        good = [step for step in steps if checkpoints.metrics(step).get(RECENT, 0) <= stage.max_skipped // 2]
-        back = agreed(max(good or steps[:1], default=0))
-        checkpoints.drop_after(back)
-    logging.warn(
-        f"{skipped}: going back to step {back} and on with another order of the data, "
-        f"rollback {order + 1} of {guard.max_rollbacks}"
-    )
 
 
 def drawn_inputs(stage: StageConfig, seed: int, step: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from geolrm_jax.training.objectives import Objective
 
 DOUBLINGS = "capacity_doublings"
 RECENT = "skipped_recently"
+SUM, COUNT = "sum_of/", "steps_of/"  # before a metric's name: what a checkpoint between two intervals' ends carries on
 SHOWN = ("loss", "psnr", "iou", "anchors")  # beside the progress bar
 
 
@@ -46,7 +47,7 @@ class Monitor:
       flops: operations of an objective's step on a batch; asked for where the device's peak is known.
       log, bar: where lines and progress go.
       directory: of the stage; gets `skipped.jsonl`.
-      doublings: of the rasterizer's capacity, so far.
+      saved: what `since_save` gave to the checkpoint that the stage goes on from; empty at its beginning.
     """
 
     def __init__(
@@ -58,20 +59,22 @@ class Monitor:
         log: logging.RunLogger,
         bar: logging.Progress,
         directory: Path,
-        doublings: int,
+        saved: Mapping[str, float],
     ):
         self.name, self.stage, self.build, self.flops, self.log, self.bar = name, stage, build, flops, log, bar
         self.peak = hardware.peak_flops(jax.devices()[0].device_kind)
         self.skipped_file = Path(directory) / "skipped.jsonl"
-        self.doublings, self.recent = doublings, 0
+        self.doublings, self.recent = int(saved.get(DOUBLINGS, 0)), 0
         self.objective = stage.objective
-        for _ in range(doublings):
+        for _ in range(self.doublings):
             self.objective = self.objective.grown()
         self.compiled = build(self.objective)
         self.seen: dict[int, int] = {}  # operations of a step by its number of inputs
         self.dispatched = 0  # operations of the step in flight
         self.in_flight: tuple | None = None
-        self.since_line, self.since_checkpoint = defaultdict(list), defaultdict(list)
+        self.since_line = defaultdict(list)
+        begun = [name.removeprefix(SUM) for name in saved if name.startswith(SUM)]
+        self.interval = {name: (saved[SUM + name], saved[COUNT + name]) for name in begun}  # sums and numbers of steps
         self.line_started = time.perf_counter()
 
     def step(self, state: Any, constants: Any, batch: Batch) -> tuple[Any, Mapping[str, jax.Array]]:
@@ -108,11 +111,20 @@ class Monitor:
             self.in_flight = None
             self._write(done, damaged)
 
-    def since_save(self) -> dict[str, float]:
-        """Mean metrics since the last call, and what a restart needs of this object."""
-        means = {name: float(np.mean(values)) for name, values in self.since_checkpoint.items()}
-        self.since_checkpoint.clear()
-        return means | {DOUBLINGS: float(self.doublings), RECENT: float(self.recent)}
+    def since_save(self, due: bool) -> dict[str, float]:
+        """What a checkpoint says: what a restart needs of this object and, at the end of an interval, its means.
+
+        Args:
+          due: whether an interval between checkpoints of the schedule ends here. Else, at a notice, there are no means,
+            which few steps would make a chance best, but sums: a restart goes on with the interval.
+        """
+        of_restart = {DOUBLINGS: float(self.doublings), RECENT: float(self.recent)}
+        if not due:
+            sums = {SUM + name: total for name, (total, _) in self.interval.items()}
+            return of_restart | sums | {COUNT + name: steps for name, (_, steps) in self.interval.items()}
+        means = {name: total / steps for name, (total, steps) in self.interval.items()}
+        self.interval.clear()
+        return of_restart | means
 
     def _take(self, done: int, metrics: Mapping[str, jax.Array], host: Mapping[str, float], ran: Objective) -> None:
         begun = time.perf_counter()
@@ -122,12 +134,14 @@ class Monitor:
         median = values.pop("gradient_norm_median")
         if values["skipped"]:
             self._skip(done, values, median)
-            values = {"skipped": 1.0}  # the rest says nothing about training
+            # The rest says nothing about training; an overflow, which may be why, must still raise the capacity.
+            values = {name: values[name] for name in ("skipped", "overflow") if name in values}
         if values.get("overflow"):
             self._grow(done, int(values["overflow"]), ran)
         for name, value in {**values, **host}.items():
             self.since_line[name].append(value)
-            self.since_checkpoint[name].append(value)
+            total, steps = self.interval.get(name, (0.0, 0.0))
+            self.interval[name] = total + value, steps + 1.0
 
     def _skip(self, done: int, values: Mapping[str, float], median: float) -> None:
         norm, loss = values["gradient_norm"], values["loss"]

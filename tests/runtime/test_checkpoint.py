@@ -79,6 +79,8 @@ def test_policies():
     assert lowest.kept(metrics) == {40, 70}
     highest = CheckpointConfig(every=10, keep=2, keep_every=20, best="psnr", higher_is_better=True)
     assert highest.kept(metrics) == {20, 40, 60, 70}
+    between = {step: {} for step in (10, 20, 21, 22, 30, 31)}  # saved at notices too
+    assert CheckpointConfig(every=10, keep=2).kept(between) == {20, 30, 31}
     assert CheckpointConfig(best="absent").best_of(metrics) is None
     for wrong in ({"every": 0}, {"keep": 0}, {"every": 10, "keep_every": 15}, {"keep_every": 0}):
         with pytest.raises(ValueError, match=rf"checkpoint\.{list(wrong)[-1]}"):

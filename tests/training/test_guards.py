@@ -192,6 +192,40 @@ def test_a_stage_that_goes_on_failing_stops_with_a_report(make_trainer, capsys):
     assert taken(trainer)[0] == 10  # what was good is there still
 
 
+@pytest.mark.parametrize(("bad_from", "every", "expected"), [(9, 4, [8, 12, 0, 0]), (1, 20, [0, 20, 0, 0])])
+def test_a_kill_between_going_back_and_the_next_checkpoint_keeps_the_order(make_trainer, bad_from, every, expected):
+    """Back to a checkpoint of the first order, and to the beginning, where there is none."""
+    kills = []
+
+    def bad(order, position):
+        if order == 1 and not kills:
+            kills.append(position)
+            raise KeyboardInterrupt
+        return NAN if order == 0 and position >= bad_from else 1.0
+
+    trainer = make_trainer(bad, every=every)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(trainer)
+    loop.train(trainer)
+    assert taken(trainer) == (20, expected)
+    skipped = (trainer.directory / "stage" / "skipped.jsonl").read_text().splitlines()
+    assert kills and len(skipped) == 3  # the first order was not met again
+
+
+def test_where_every_checkpoint_kept_has_skips_behind_it_the_oldest_is_taken_and_told_of(make_trainer, capsys):
+    # Every other step from 10 on is skipped; when step 18 is the fifth, those of steps 15 to 17 are kept, 17 the best.
+    trainer = make_trainer(
+        lambda order, position: NAN if order == 0 and position >= 9 and position % 2 else 1.0 / (1 + position),
+        every=1,
+        max_skipped=5,
+        window=10,
+    )
+    loop.train(trainer)
+    assert taken(trainer) == (20, [12, 5, 0, 0])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "amid skipped steps; the oldest, of step 15, has 3 behind it: raise checkpoint.keep" in said
+
+
 def test_orders_differ_and_a_restart_keeps_its_order():
     assert data_seed(7, 0) == 7 and len({data_seed(7, order) for order in range(5)}) == 5
     first, second = ([record_order([50], [1.0], data_seed(7, order))[p] for p in range(50)] for order in (0, 1))
@@ -240,4 +274,7 @@ def test_sigterm_saves_at_once_and_a_second_run_goes_on(make_trainer, monkeypatc
     assert taken(trainer) == (7, [7, 0, 0, 0]) and signal.getsignal(signal.SIGTERM) is before
     loop.train(trainer)
     assert taken(trainer) == (20, [20, 0, 0, 0])
+    checkpoints = Checkpoints(trainer.directory / "stage" / "checkpoints", trainer.stage.checkpoint, write=False)
+    means = {step: checkpoints.metrics(step)["loss"] for step in checkpoints.steps}
+    assert means == {10: 5.5, 20: 15.5}  # as without the notice, whose checkpoint has given way
     assert [(line["step"], line["loss"]) for line in lines(trainer)] == [(s, float(s)) for s in range(1, 21)]

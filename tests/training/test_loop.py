@@ -30,11 +30,11 @@ def stage(tiny):
     return dataclasses.replace(tiny.reconstruction, log_every=2, max_skipped=2, max_growth=2)
 
 
-def make_monitor(stage, folder, doublings=0):
+def make_monitor(stage, folder, saved=()):
     built = []
     log, bar = logging.RunLogger(folder, "stage"), logging.Progress("stage", 10, 0, "step")
     monitor = Monitor(
-        "stage", stage, lambda objective: built.append(objective), lambda *_: 0, log, bar, folder / "stage", doublings
+        "stage", stage, lambda objective: built.append(objective), lambda *_: 0, log, bar, folder / "stage", dict(saved)
     )
     return monitor, built
 
@@ -54,8 +54,25 @@ def test_a_line_is_the_mean_of_its_steps(stage, tmp_path):
     for step, loss in enumerate([1.0, 2.0, 5.0, 7.0], start=1):
         add(monitor, step, metrics(loss))
     assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.5, 6.0]
-    assert monitor.since_save()["loss"] == 3.75
-    assert "loss" not in monitor.since_save()
+    assert monitor.since_save(True)["loss"] == 3.75
+    assert "loss" not in monitor.since_save(True)
+
+
+def test_an_interval_that_was_interrupted_has_the_mean_of_all_its_steps(stage, tmp_path, rng):
+    losses = rng.uniform(size=8).astype(np.float32)
+    means = []
+    for folder, stops in (("whole", ()), ("interrupted", (3, 4))):
+        monitor, _ = make_monitor(stage, tmp_path / folder)
+        for step, loss in enumerate(losses, start=1):
+            add(monitor, step, metrics(loss, skipped=step == 2), flush=step in stops)
+            if step in stops:
+                saved = json.loads(json.dumps(monitor.since_save(False)))
+                assert not {"loss", "skipped"} & {*saved}
+                monitor, _ = make_monitor(stage, tmp_path / folder, saved)
+        means.append(monitor.since_save(True))
+    whole, interrupted = ({name: x for name, x in found.items() if "seconds" not in name} for found in means)
+    assert whole == interrupted
+    assert whole["skipped"] == 1 / 8 and whole["loss"] == pytest.approx(np.delete(losses, 1).mean(), rel=1e-6)
 
 
 def test_skipped_steps_are_counted_and_left_out_of_means(stage, tmp_path):
@@ -111,13 +128,20 @@ def test_capacity_doubles_once_for_steps_in_flight_and_is_remembered(stage, tmp_
     add(monitor, 1, metrics(1.0, overflow=5))
     add(monitor, 2, metrics(1.0, overflow=5), flush=True)  # dispatched before the first was looked at
     assert [objective.pairs_per_gaussian for objective in built] == [first, 2 * first]
-    assert monitor.since_save()[DOUBLINGS] == 1
+    saved = monitor.since_save(True)
+    assert saved[DOUBLINGS] == 1
 
-    resumed, built = make_monitor(stage, tmp_path / "again", doublings=1)
+    resumed, built = make_monitor(stage, tmp_path / "again", saved)
     assert built[0].pairs_per_gaussian == 2 * first
     add(resumed, 1, metrics(1.0, overflow=1), flush=True)
     with pytest.raises(ValueError, match="doubled 2 times and overflows still"):
         add(resumed, 2, metrics(1.0, overflow=1), flush=True)
+
+
+def test_an_overflow_of_a_skipped_step_raises_the_capacity_too(stage, tmp_path):
+    monitor, built = make_monitor(stage, tmp_path)
+    add(monitor, 1, metrics(float("nan"), skipped=True, overflow=5), flush=True)
+    assert built[1].pairs_per_gaussian == 2 * built[0].pairs_per_gaussian
 
 
 def test_drawn_inputs_cover_the_choices_and_repeat(stage):
