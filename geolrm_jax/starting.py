@@ -14,7 +14,6 @@ from geolrm_jax.config import Experiment, read_config
 from geolrm_jax.inference import Model, abstract_model, restore_variables
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checkpoint import CheckpointConfig, Checkpoints
-from geolrm_jax.runtime.exclusive import agreed
 from geolrm_jax.weights.dinov2 import load_dinov2
 
 Variables = dict[str, Any]
@@ -115,7 +114,7 @@ def load_fitting(folder: Path, wanted: Flat, allow_missing: str | None = None) -
       ValueError: if others do not fit, with their names and shapes, or if none fits.
     """
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), write=False)
-    step = agreed(checkpoints.resolve("latest"))
+    step = checkpoints.newest_for_all()
     there = flatten_dict(checkpoints.model_arrays(step))
     networks = {path[1] for path in there} & {path[1] for path in wanted}
     there, here = ({path: x for path, x in tree.items() if path[1] in networks} for tree in (there, wanted))

@@ -5,8 +5,9 @@ import errno
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from geolrm_jax.runtime import logging
 
+T = TypeVar("T")
 FILE = ".lock"
 UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # file systems without locks
 
@@ -28,12 +30,10 @@ def exclusive(directory: Path | str) -> Iterator[None]:
 
     Raises:
       BlockingIOError: an OSError, on all processes, if another run holds it; the message says which.
-      OSError: if the directory cannot be written.
+      OSError: on all processes, if the directory cannot be written.
     """
     directory = Path(directory)
-    file = holder = None
-    if jax.process_index() == 0:
-        file, holder = _take(directory)
+    file, holder = by_first(str(directory), lambda: _take(directory)) or (None, None)
     if agreed(holder is not None):
         raise BlockingIOError(
             f"{directory}: another run works there ({holder or 'process 0 says which'}): wait for its end, stop it, or "
@@ -49,6 +49,28 @@ def exclusive(directory: Path | str) -> Iterator[None]:
 def agreed(value: int) -> int:
     """Process 0's value, on all processes; all must call this together."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else int(value)
+
+
+def by_first(what: str, work: Callable[[], T]) -> T | None:
+    """What `work()` gives on process 0, None on the others; all must call this together.
+
+    Args:
+      what: it is about, for the error on the others.
+      work: called on process 0.
+
+    Raises:
+      OSError, ValueError: on all processes, if `work` raises it.
+    """
+    result = error = None
+    if jax.process_index() == 0:
+        try:
+            result = work()
+        except (OSError, ValueError) as caught:
+            error = caught
+    kind = agreed(0 if error is None else 1 if isinstance(error, OSError) else 2)
+    if kind:
+        raise error or (OSError if kind == 1 else ValueError)(f"{what}: process 0 says what is wrong")
+    return result
 
 
 def _take(directory: Path) -> tuple[int, str | None]:

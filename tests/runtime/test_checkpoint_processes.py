@@ -18,7 +18,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from geolrm_jax.runtime import checkpoint
 from geolrm_jax.runtime.checkpoint import CheckpointConfig, Checkpoints
+from geolrm_jax.runtime.checksums import find_damage
 from geolrm_jax.runtime.exclusive import exclusive
 
 CONFIG = CheckpointConfig(every=1, keep=5)
@@ -119,6 +121,30 @@ def refused(folder):
         assert "another run works there" in str(error)
 
 
+def unwritable(folder):
+    """Process 0 alone meets the error, as where only its host has lost the file system; all raise it."""
+    if jax.process_index() == 0:
+        folder.touch()
+    for what in (exclusive(folder).__enter__, lambda: Checkpoints(folder, CONFIG, write=True)):
+        try:
+            what()
+        except OSError as error:
+            assert str(folder) in str(error)
+            assert ("process 0 says what is wrong" in str(error)) == (jax.process_index() > 0)
+        else:
+            raise AssertionError("a file was taken for a folder")
+
+
+def for_all(folder):
+    """Process 0 alone reads the files, and all restore what it has found sound."""
+    reading, looked = Checkpoints(folder, CONFIG, write=False), []
+    checkpoint.find_damage = lambda *arguments: looked.append(arguments) or find_damage(*arguments)
+    assert reading.newest_for_all() == 3
+    target = as_saved({name: values(0)[name] for name in ("params", "batch_stats")})
+    same(reading.restore_model(3, target), {"params": values(3)["ema"], "batch_stats": values(3)["batch_stats"]})
+    assert len(looked) == (jax.process_index() == 0)
+
+
 def run(processes, *command, devices=2, timeout=300):
     """Runs this file as so many processes that find each other on this machine; all must end well."""
     with socket.socket() as free:
@@ -181,6 +207,12 @@ def test_all_processes_stop_alike(saved, tmp_path):
     run(2, "none_sound", saved)
     with exclusive(tmp_path):
         run(2, "refused", tmp_path)
+    run(2, "unwritable", tmp_path / "file")
+
+
+@pytest.mark.slow
+def test_one_process_looks_for_damage_for_all(saved):
+    run(2, "for_all", saved)
 
 
 if __name__ == "__main__":
@@ -189,6 +221,5 @@ if __name__ == "__main__":
     jax.distributed.initialize(
         address, int(processes), int(index), cluster_detection_method="deactivate", heartbeat_timeout_seconds=30
     )
-    {"save": save, "restore": restore, "none_sound": none_sound, "refused": refused}[command](
-        Path(arguments[0]), *arguments[1:]
-    )
+    commands = (save, restore, none_sound, refused, unwritable, for_all)
+    {function.__name__: function for function in commands}[command](Path(arguments[0]), *arguments[1:])
