@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -165,7 +166,8 @@ def test_what_a_kill_leaves_is_no_checkpoint_and_goes(saved):
     assert sorted(os.listdir(saved)) == ["1", "2"]
 
 
-def test_a_write_that_fails_is_an_error_and_the_checkpoints_before_it_stay(saved):
+@pytest.mark.parametrize("noticed", ["at once", "at the end"])
+def test_a_write_that_fails_is_an_error_and_the_checkpoints_before_it_stay(saved, noticed):
     """Files may not pass 100 kB here: writing fails in TensorStore's threads as on a full disk."""
     writing = Checkpoints(saved, CONFIG, write=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -173,7 +175,11 @@ def test_a_write_that_fails_is_an_error_and_the_checkpoints_before_it_stay(saved
     try:
         with pytest.raises(OSError, match=r"checkpoints/3 could not be written, those before it are as they were: .*"):
             writing.save(3, make_state(3), Position(3), {"loss": 3.0})
-            writing.close()
+            if noticed == "at the end":
+                writing.close()
+            for _ in range(200):
+                writing.check()
+                time.sleep(0.05)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     step, writing = restored(saved)
