@@ -14,10 +14,11 @@ from geolrm_jax.export.files import written_whole
 from geolrm_jax.recipe import evaluate, evaluated_split, open_records, report_suffix
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checkpoint import Checkpoints
-from geolrm_jax.runtime.checksums import find_damage
+from geolrm_jax.runtime.checksums import find_damage, fingerprint
 
 METRICS = {"psnr": 1, "ssim": 1, "lpips": -1, "chamfer": -1}  # of a report's summary; 1: the highest is the best
 STAGE = "reconstruction"
+EVALUATED = "checkpoint.json"  # beside a report: the fingerprint of what it is of
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,17 @@ def follow(workdir: Path, config: FollowConfig) -> Path:
 
 
 def _new_steps(checkpoints: Checkpoints, last: int, patience: "_Patience") -> Iterator[int]:
-    """Steps in order, each once, up to the last; the oldest first, which will be deleted first."""
-    seen: set[int] = set()
+    """Steps in order, each checkpoint once, up to the last; the oldest first, which will be deleted first."""
+    seen: set[tuple[int, int | None]] = set()
     while True:
-        there = checkpoints.steps
+        there = [(step, fingerprint(checkpoints.directory / str(step))) for step in checkpoints.steps]
         seen &= {*there}  # training that went back saves a step anew
-        new = next((step for step in there if step not in seen), None)
+        new = next((found for found in there if found not in seen), None)
         if new is not None:
             seen.add(new)
-            yield new
+            yield new[0]
             patience.restart()
-        elif last in seen:
+        elif any(step == last for step, _ in seen):
             return
         else:
             patience.wait()
@@ -101,11 +102,14 @@ def _new_steps(checkpoints: Checkpoints, last: int, patience: "_Patience") -> It
 def _evaluate_one(reports: "_Reports", checkpoints: Checkpoints, step: int) -> None:
     """Evaluates a checkpoint, or says why not."""
     folder = checkpoints.directory / str(step)
+    before = fingerprint(folder)
     try:
         reports.make(step)
     except (ValueError, OSError):
-        damage = find_damage(folder, ("model",))
-        if not folder.is_dir():
+        damage = None
+        with contextlib.suppress(OSError):  # deleted while it is looked at, or unreadable, which was the first error
+            damage = find_damage(folder, ("model",))
+        if not folder.is_dir() or fingerprint(folder) != before:  # replaced: its step comes again
             logging.notice(f"checkpoint {folder} was deleted before it could be evaluated")
         elif damage:
             logging.warn(f"checkpoint {folder} is damaged and passed over: {damage}")
@@ -152,7 +156,13 @@ class _Reports:
     def folder(self, step: int) -> Path:
         return self.workdir / "eval" / f"{step}{self.suffix}"
 
+    def checkpoint(self, step: int) -> Path:
+        return self.workdir / STAGE / "checkpoints" / str(step)
+
     def make(self, step: int) -> None:
+        mark, found = self.folder(step) / EVALUATED, fingerprint(self.checkpoint(step))
+        for stale in (self.folder(step) / "report.json", mark):  # of a checkpoint that was replaced
+            stale.unlink(missing_ok=True)
         evaluate(
             self.workdir,
             step=step,
@@ -162,18 +172,25 @@ class _Reports:
             lpips_weights=self.config.lpips_weights,
             out=self.folder(step),
         )
+        with written_whole(mark) as temporary:
+            temporary.write_text(json.dumps({"crc32": found}) + "\n")
         if self.value(step) is None:
             raise ValueError(f"{self.folder(step)}: {self.config.metric} was not measured, choose another --metric")
         logging.notice(f"{self.folder(step)}: {self.config.metric} {self.value(step):.4f}")
 
     def value(self, step: int) -> float | None:
-        """The metric in the step's report; None without a report of all the objects, or of the metric."""
-        report = self._read(step)
+        """The metric in the step's report; None without a report of all the objects, or of the metric.
+
+        The checkpoint, where it is there still, must be the one that was evaluated.
+        """
+        found, report = fingerprint(self.checkpoint(step)), self._read(step, "report.json")
+        if found is not None and found != self._read(step, EVALUATED).get("crc32"):
+            return None
         same = report.get("checkpoint_step") == step and len(report.get("objects", [])) == self.objects
         return report["summary"].get(self.config.metric) if same else None
 
-    def _read(self, step: int) -> dict[str, Any]:
-        file = self.folder(step) / "report.json"
+    def _read(self, step: int, name: str) -> dict[str, Any]:
+        file = self.folder(step) / name
         try:
             return json.loads(file.read_bytes())
         except FileNotFoundError:

@@ -70,6 +70,21 @@ def test_it_goes_on_where_it_was_stopped(workdir, evaluated):
     assert evaluated == [2, 4, 4]
 
 
+def test_a_step_that_was_saved_anew_is_evaluated_anew(workdir, evaluated):
+    """As after a rollback; also where deletion and new save fall between two looks, here between two calls."""
+    follow(workdir, QUICK)
+    table = workdir / "reconstruction" / "checkpoints" / "2" / "checksums.json"
+    about = table.parent / "run" / "run.json"
+    about.write_text(about.read_text() + " ")
+    table.write_text(table.read_text() + " ")  # other bytes, the same model
+    report = workdir / "eval" / "2" / "report.json"
+    stale = json.loads(report.read_text())
+    stale["summary"]["psnr"] = 99.0
+    report.write_text(json.dumps(stale))
+    best = json.loads(follow(workdir, QUICK).read_text())
+    assert evaluated == [2, 4, 2] and best["value"] < 99.0 and best["steps"]["2"] == psnr(workdir, 2)
+
+
 def test_damaged_and_deleted_checkpoints_are_passed_over(workdir, monkeypatch, capsys):
     checkpoints, evaluate = workdir / "reconstruction" / "checkpoints", following.evaluate
     shutil.copytree(checkpoints / "2", checkpoints / "3")

@@ -25,6 +25,14 @@ def write_checksums(folder: Path, *, leaving_out: Sequence[str] = ()) -> None:
     (folder / FILE).write_text(json.dumps({"crc32": table}))
 
 
+def fingerprint(folder: Path) -> int | None:
+    """CRC-32 of a folder's checksums, another for other content; None where there are none, or no folder."""
+    try:
+        return zlib.crc32((folder / FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
 def find_damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
     """What is wrong with a folder that `write_checksums` has seen, in words; None if all is as it was.
 
