@@ -223,8 +223,11 @@ class Checkpoints:
             "run": ocp.args.JsonSave(about),
         }
         self._sound = {(other, item) for other, item in self._sound if other != step}
+        if jax.process_index() == 0 and self._folder(step).exists():
+            self._delete(step)  # Orbax's `force` would delete file by file under the final name
+        agreed(step)  # nobody saves before it is gone
         with self._writing(step):
-            self._checkpointer.save(self._folder(step), args=Items(**items), force=True)
+            self._checkpointer.save(self._folder(step), args=Items(**items))
         self._saving = step
 
     def drop_after(self, step: int) -> None:

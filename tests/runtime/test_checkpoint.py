@@ -146,6 +146,19 @@ def test_saving_an_earlier_step_takes_the_place_of_what_came_after(saved):
     assert state["step"] == 40
 
 
+def test_a_kill_before_a_step_is_saved_anew_leaves_no_half_of_the_old_one(saved, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(saved, CONFIG, write=True)
+    monkeypatch.setattr(shutil, "rmtree", killed)  # as the first file is deleted
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(5, make_state(50), iterator(), {"loss": 0.5})
+    monkeypatch.undo()
+    checkpoints.close()
+    assert Checkpoints(saved, CONFIG, write=False).steps == [2, 3, 4]
+
+
 def test_an_unknown_step_is_named_with_those_there_are(saved):
     checkpoints = Checkpoints(saved, CONFIG, write=False)
     for wrong in ("7", "newest"):
