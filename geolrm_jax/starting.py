@@ -126,6 +126,8 @@ def load_fitting(folder: Path, wanted: Flat, allow_missing: str | None = None) -
     else:
         refused = {name: shapes for name, shapes in unfit.items() if not re.search(allow_missing, name)}
     if refused or not fitting:
+        for name, shapes in sorted(refused.items()):  # all of them: the error has the first ten
+            logging.notice(f"  does not fit: {name}: {shapes}")
         raise ValueError(_refusal(folder, refused))
     cast = sum(there[path].dtype != x.dtype for path, x in fitting.items())
     logging.notice(

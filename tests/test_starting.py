@@ -141,6 +141,9 @@ def test_what_a_fork_changed_stays_fresh_where_that_is_allowed_and_is_told(tiny,
     assert "  fresh: reconstruction.decoder.hidden.bias: (28,) there, (42,) in this config" in said
     with pytest.raises(ValueError, match=r"see --allow-missing\): reconstruction.decoder.hidden.bias: \(28,\) there"):
         begin(changed(tiny, tmp_path / "other", allow_missing="encoder"), "reconstruction", tmp_path)
+    assert {
+        line.split(": ")[1] for line in said if line.startswith("  does not fit: ")
+    } == fresh  # all, not the first ten
 
 
 def test_arrays_that_a_fork_does_not_have_are_told_and_new_ones_stay_fresh(tiny, rng, tmp_path, monkeypatch):
