@@ -146,7 +146,7 @@ class GeoTransformer(nnx.Module):
         """Token of each anchor; tokens of padding are finite and mean nothing. A key turns dropout on."""
         config = self.config
         shared = jnp.broadcast_to(self.query[...], (*anchors.positions.shape[:2], config.width - 3))
-        x = jnp.concatenate([anchors.positions, shared.astype(anchors.positions.dtype)], axis=-1)
+        x = jnp.concatenate([anchors.positions, shared], axis=-1)
         features = look(maps, views, anchors, config.view_mask, config.projection, config.coordinates)
         keys = jax.random.split(key, config.depth) if key is not None and config.dropout else None
         by_token, by_view = P(None, CONTEXT), P(None, None, CONTEXT)
