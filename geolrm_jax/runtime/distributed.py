@@ -8,12 +8,13 @@ import collections
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 from jax._src.clusters import ClusterEnv  # JAX has no public name for what it detects,
-from jax._src.distributed import global_state  # nor for its store of keys
+from jax._src.distributed import global_state  # nor for barriers that have an end
 from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 
@@ -29,7 +30,7 @@ TPUS = ("tpu", "gcetpu", "gketpu")  # clusters whose chips only answer when a pr
 
 _HOSTS = "geolrm/hosts/"
 _TOLD = "RECEIVED_PREEMPTION_NOTICE"  # JAX's preemption service has written it: some process got SIGTERM
-_works: collections.Counter[str] = collections.Counter()
+_barriers: collections.Counter[str] = collections.Counter()
 
 
 def initialize(*, detect: bool = True, heartbeat: int = 100, timeout: int = 300, notices: bool = True) -> None:
@@ -148,6 +149,36 @@ def host_names() -> list[str]:
     return [name if alone[name] == 1 else f"{name} (process {index})" for index, name in enumerate(names)]
 
 
+def barrier(name: str, timeout: float) -> None:
+    """Returns when all processes have called it as often with this name.
+
+    Args:
+      name: of what is waited for; it stands in the error.
+      timeout: seconds.
+
+    Raises:
+      TimeoutError: if some have not come in time; the message names their hosts.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    client = global_state.client
+    _barriers[name] += 1
+    place = f"geolrm/barriers/{name}/{_barriers[name]}"
+    client.key_value_set(f"{place}/{global_state.process_id}", "here", allow_overwrite=True)
+    begun = time.monotonic()
+    try:
+        client.wait_at_barrier(place, int(1000 * timeout))
+    except JaxRuntimeError as error:
+        if time.monotonic() - begun < 0.9 * timeout:
+            raise  # another process has died: JAX says which
+        here = {int(key.rsplit("/", 1)[1]) for key, _ in client.key_value_dir_get(f"{place}/")}
+        missing = [host for index, host in enumerate(host_names()) if index not in here]
+        raise TimeoutError(
+            f"{name}: {', '.join(missing) or 'a process'} did not come within {timeout:g} seconds; "
+            f"{len(here)} of {global_state.num_processes} processes waited"
+        ) from error
+
+
 @contextlib.contextmanager
 def only_first(name: str) -> Iterator[bool]:
     """True in the body on process 0, which does the work; the others leave when it is done, however long it takes.
@@ -162,8 +193,8 @@ def only_first(name: str) -> Iterator[bool]:
     if not jax.distributed.is_initialized():
         yield True
         return
-    _works[name] += 1
-    client, place = global_state.client, f"geolrm/work/{name}/{_works[name]}"
+    _barriers[name] += 1
+    client, place = global_state.client, f"geolrm/work/{name}/{_barriers[name]}"
     if global_state.process_id == 0:
         try:
             yield True

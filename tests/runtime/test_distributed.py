@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def of_two(index: int) -> None:
-    """The program: both tell their numbers, the first works and once fails."""
+    """The program: both come to one barrier, only the first to the second."""
     distributed.initialize(timeout=60)
     assert jax.process_count() == 2 and jax.process_index() == index
     names = distributed.host_names()
@@ -35,12 +35,20 @@ def of_two(index: int) -> None:
     gathered = distributed.per_host({"wait": 1.0 + index, "same": 5.0})
     assert gathered["wait"].tolist() == [1.0, 2.0]
     assert distributed.extremes(gathered)["wait"] == {"min": (1.0, names[0]), "max": (2.0, names[1])}
+    for _ in range(2):
+        distributed.barrier("both", 30.0)
     with distributed.only_first("work") as first:
         assert first == (index == 0)
     kind, message = (OSError, "full") if index == 0 else (ValueError, "bad work failed: process 0 says why")
     with pytest.raises(kind, match=message), distributed.only_first("bad work") as first:
         if first:
             raise OSError("full")
+    if index == 0:
+        with pytest.raises(TimeoutError) as raised:
+            distributed.barrier("the first alone", 2.0)
+        print(raised.value, flush=True)
+    else:
+        time.sleep(4)
 
 
 def told_of_two(index: int) -> None:
@@ -66,10 +74,12 @@ def processes_of_two(*command: str) -> list[subprocess.Popen]:
     ]
 
 
-def test_two_processes_tell_numbers_and_wait_for_the_first():
+def test_two_processes_wait_for_each_other_and_name_who_is_missing():
     running = processes_of_two()
     said = [process.communicate(timeout=120)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], said
+    expected = f"the first alone: {socket.gethostname()} (process 1) did not come within 2 seconds; 1 of 2 processes"
+    assert expected in said[0]
 
 
 def test_half_a_cluster_is_refused(monkeypatch):
@@ -126,6 +136,7 @@ def test_a_pod_of_kubernetes_that_is_no_job_is_told_what_to_do(monkeypatch):
 def test_one_process_alone_starts_nothing():
     distributed.initialize()
     assert not jax.distributed.is_initialized()
+    distributed.barrier("nobody", 0.001)
     with distributed.only_first("work") as first:
         assert first
     assert distributed.per_host({"a": 2.0})["a"].tolist() == [2.0] and len(distributed.host_names()) == 1
