@@ -19,7 +19,7 @@ from geolrm_jax.data.pipeline import PipelineConfig
 from geolrm_jax.inference import abstract_model
 from geolrm_jax.models.geolrm import GeoLRMConfig, with_remat
 from geolrm_jax.precision import Precision
-from geolrm_jax.runtime import logging
+from geolrm_jax.runtime import distributed, logging
 from geolrm_jax.runtime.checkpoint import CheckpointConfig, Checkpoints, abstract_with_sharding
 from geolrm_jax.runtime.cost import count
 from geolrm_jax.runtime.interruption import WATCH, Preempted, Preemption, Profile, WatchConfig, Watchdog
@@ -208,6 +208,7 @@ def train_in_order(
         stack.enter_context(contextlib.closing(batches))
         checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(trainer)))
         first, state = checkpoints.restore_newest(prepared.abstract_state, batches) or (0, prepared.init())
+        distributed.barrier(f"{trainer.name}: starting from step {first}", trainer.watch.hang_seconds)
         saved = checkpoints.metrics(first) if first else {}
         if first:
             logging.notice(f"{trainer.name}: going on from the checkpoint of step {first}")
