@@ -29,8 +29,8 @@ class WatchConfig:
     """How a training process is watched. It changes no number, so it belongs to a command, not to a config."""
 
     hang_seconds: float = 1800.0
-    """Without a step for so long, the stacks of all threads are written down; compilation counts as no step. So long, too,
-    processes wait for each other before the first step."""
+    """Without a step for so long, the stacks of all threads are written down; compilation counts as no step. Processes
+    wait so long for each other before the first."""
     hang_exit: bool = False
     """Whether the process then ends, with code 70."""
     save_seconds: float = 300.0
