@@ -14,10 +14,12 @@ newer than the newest, and it asks JAX's preemption service with numbers of its 
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ FORMAT_VERSION = 3  # 1 had no batch counts and no mask token, 2 no checksums
 MODEL, OPTIMIZER = ("params", "batch_stats", "ema"), ("opt_state", "step", "guard")
 RUN = "run.json"
 UNFINISHED, DELETED, DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"  # behind the step in a folder's name
+ATTEMPTS = 20  # to delete a folder, half a second apart
 UPDATED_LATER = ("_CHECKPOINT_METADATA",)  # by Orbax, with the time of the commit; nothing is read from it
 
 
@@ -139,7 +142,7 @@ class Checkpoints:
         tempfile.TemporaryFile(dir=self.directory).close()  # what cannot be written is an error now, not at a save
         for suffix in (UNFINISHED, DELETED):
             for folder in self.directory.glob(f"*{suffix}"):
-                shutil.rmtree(folder)
+                _remove(folder)
 
     def _check_version(self) -> None:
         found = {step: self._about(step).get("format_version") for step in self.steps}
@@ -378,6 +381,18 @@ class Checkpoints:
             self.wait()
         finally:
             self._checkpointer.close()
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a folder into which the threads of a save that failed may still write for a moment."""
+    for _ in range(ATTEMPTS):
+        try:
+            return shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+        time.sleep(0.5)
+    shutil.rmtree(folder)
 
 
 def abstract_with_sharding(tree: Any, shardings: Any) -> Any:
