@@ -147,7 +147,11 @@ HEADS = [  # as many as `context` may have
 ]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["float32", "float64"])
+WIDTHS = [pytest.param(False, id="float32", marks=pytest.mark.long), pytest.param(True, id="float64")]
+IN_CI = ("4 processes", "data 2 x context 4")
+
+
+@pytest.fixture(scope="module", params=WIDTHS)
 def twenty_steps(request, data, tmp_path_factory):
     """Twenty steps of each stage by one process with one device: options, whether in float64, work directory, lines."""
     workdir = tmp_path_factory.mktemp("alone") / "one"
@@ -159,7 +163,7 @@ def twenty_steps(request, data, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["proposal", "reconstruction"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=() if x in IN_CI else pytest.mark.long) for x in LAYOUTS])
 def test_every_layout_trains_like_one_device(layout, stage, twenty_steps, tmp_path, record_property):
     """The reconstruction starts from the same trained proposal; behind it the first process evaluates."""
     options, wide, one, alone = twenty_steps
