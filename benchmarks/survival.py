@@ -55,6 +55,7 @@ class Setup:
             address = f"127.0.0.1:{listener.getsockname()[1]}"
         environment = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "programs"), **os.environ}
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": str(self.processes)}
+        environment["NPROC"] = "32"  # threads of XLA: a process that waits for others holds one
         environment |= {"JAX_COORDINATOR_ADDRESS": address, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         command = [sys.executable, "-m", "geolrm_jax.cli", "train", "--config", str(CONFIG), "--workdir", str(workdir)]
         command += ["--heartbeat", str(self.heartbeat), "--join", str(self.join)]
