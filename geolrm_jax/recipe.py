@@ -161,7 +161,7 @@ def make_trainer(experiment: Experiment, name: str, workdir: Path, data: Path, w
             input_size=(experiment.input_size,) * 2,
             render_size=(experiment.render_size,) * 2,
             seed=data_seed(experiment.seed, order),
-            shard=share,
+            share=share,
             view_rule=stage.view_rule,
             config=stage.pipeline,
             report=report_damage,

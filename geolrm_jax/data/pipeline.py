@@ -2,8 +2,8 @@
 
 What a run sees is a pure function of (seed, position): position p of the endless order of records, shuffled anew for
 every epoch, and random numbers drawn for p. Step k holds positions kB to (k + 1)B - 1 of it, B objects over all
-processes; of those, process i of n reads the i-th of n equal parts, so that row r of the global batch is the same for
-any n. An iterator's state is its position alone, the same on every process, whatever the number of processes, worker
+processes; of those, each process reads some of n equal parts, so that row r of the global batch is the same whoever
+reads it. An iterator's state is its position alone, the same on every process, whatever the number of processes, worker
 processes and threads that it was saved or is restored with.
 """
 
@@ -86,7 +86,7 @@ def training_dataset(
     input_size: tuple[int, int],
     render_size: tuple[int, int],
     seed: int,
-    shard: tuple[int, int] = (0, 1),
+    share: tuple[Sequence[int], int] = ((0,), 1),
     view_rule: ViewRule = "paper",
     config: PipelineConfig = PipelineConfig(),
     report: Callable[[str], None] = print,
@@ -100,13 +100,14 @@ def training_dataset(
       inputs: how many of them are inputs too, the first ones.
       input_size, render_size: (H, W) of inputs and targets.
       seed: of everything random.
-      shard: (index, count) of this process; row r of the global batch does not depend on the count.
+      share: which parts of a batch this process reads, in ascending order, of how many equal ones; row r of the global
+        batch does not depend on either.
       view_rule: see `choose_views`.
       config: sets to mix in, augmentation, damaged records, threads and processes.
       report: called with a line for each damaged record.
 
     Returns:
-      A Grain dataset of `Batch` (batch / count objects, NumPy leaves, not to be written to); its iterator has
+      A Grain dataset of `Batch` (objects of the process's parts, NumPy leaves, not to be written to); its iterator has
       `get_state` and `set_state`, and `damaged`, this process's damaged records of the epoch, reasons by id. It raises
       a ValueError with all of them when they are more than `config.max_damaged` of its share of an epoch.
 
@@ -116,8 +117,9 @@ def training_dataset(
     """
     if not 0 < inputs <= views:
         raise ValueError(f"expected 0 < inputs <= views, got inputs={inputs}, views={views}")
-    if batch % shard[1]:
-        raise ValueError(f"a batch of {batch} objects cannot be shared by {shard[1]} processes")
+    parts, count = share
+    if batch % count:
+        raise ValueError(f"a batch of {batch} objects cannot be split into {count} equal parts")
     if config.processes and isinstance(source, RenderedSource):
         raise ValueError(
             f"objects are rendered on demand in the training process: processes must be 0, got {config.processes}"
@@ -127,7 +129,7 @@ def training_dataset(
     reader = _ReadBatch(
         sources=tuple(sources),
         order=record_order([len(s) for s in sources], [1.0, *(weight for _, weight in config.mixed)], seed),
-        rows=range(shard[0] * batch // shard[1], (shard[0] + 1) * batch // shard[1]),
+        rows=tuple(part * batch // count + row for part in parts for row in range(batch // count)),
         views=views,
         inputs=inputs,
         input_size=input_size,
@@ -136,7 +138,7 @@ def training_dataset(
         view_rule=view_rule,
         augmentation=config.augmentation,
     )
-    return _TrainingDataset(reader, batch, shard[1], config, report)
+    return _TrainingDataset(reader, batch, config, report)
 
 
 def _check_sources(sources: Sequence[Records]) -> None:
@@ -163,7 +165,7 @@ class _ReadBatch(grain.transforms.Map):
 
     sources: tuple[Records, ...]
     order: grain.MapDataset
-    rows: range
+    rows: tuple[int, ...]
     views: int
     inputs: int
     input_size: tuple[int, int]
@@ -239,11 +241,9 @@ class _TrainingDataset(grain.IterDataset):
     with the number of processes, and with them what a step draws at random for each row.
     """
 
-    def __init__(
-        self, reader: _ReadBatch, batch: int, shards: int, config: PipelineConfig, report: Callable[[str], None]
-    ):
+    def __init__(self, reader: _ReadBatch, batch: int, config: PipelineConfig, report: Callable[[str], None]):
         super().__init__()
-        self.reader, self.batch, self.shards, self.config, self.report = reader, batch, shards, config, report
+        self.reader, self.batch, self.config, self.report = reader, batch, config, report
 
     @property
     def epoch_length(self) -> int:
@@ -289,7 +289,7 @@ class _TrainingIterator(grain.DatasetIterator):
         if damage.id in self.damaged:
             return
         self.damaged[damage.id] = damage.reason
-        share = self._dataset.epoch_length // self._dataset.shards
+        share = self._dataset.epoch_length * len(self._dataset.reader.rows) // self._dataset.batch
         limit = self._dataset.config.max_damaged
         self._dataset.report(
             f"damaged record {damage.id} replaced by another: {damage.reason} "

@@ -65,22 +65,23 @@ class MeshConfig:
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over these devices, or over all of all processes; neighbours on it are neighbours in the machine.
 
-        TPU slices that only a network joins are set apart along `data`.
+        TPU slices, or hosts of GPUs, that only a network joins are set apart along `data` where it is a multiple of
+        their number.
 
         Raises:
-          ValueError: if the axes do not multiply to their number, or `data` not to a multiple of the slices'.
+          ValueError: if the axes do not multiply to their number, or, for slices, `data` not to a multiple of theirs.
         """
         devices = jax.devices() if devices is None else devices
         sizes = tuple(self.shape(len(devices)).values())
-        slices = len({getattr(device, "slice_index", 0) for device in devices})
-        if sizes[0] % slices:
+        slices = len({getattr(device, "slice_index", 0) for device in devices})  # for JAX a host of GPUs is one too
+        apart = sizes[0] % slices == 0
+        if not apart and devices[0].platform == "tpu":
             raise ValueError(f"mesh.data {sizes[0]} must be a multiple of the {slices} slices that the devices form")
-        within = (sizes[0] // slices, *sizes[1:])
-        if slices > 1:
-            outer = (slices, 1, 1, 1)
+        if slices > 1 and apart:
+            within, outer = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
             placed = mesh_utils.create_hybrid_device_mesh(within, outer, devices, allow_split_physical_axes=True)
         else:
-            placed = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+            placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(placed, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
@@ -97,25 +98,26 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
-def row_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which share of a batch's rows this process reads.
+def row_share(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+    """(parts, count): a batch falls into so many equal parts, one for each place along `ROWS`; this process reads these.
 
-    Processes whose devices hold the same rows, along `context` or `tensor`, read the same share.
+    They need not follow each other: on a TPU a host's chips lie apart in the mesh. Processes whose devices hold the
+    same rows, along `context` or `tensor`, read the same parts.
 
     Raises:
       ValueError: if the processes' rows overlap without being the same.
     """
-    rows = math.prod(mesh.shape[name] for name in ROWS)
+    count = math.prod(mesh.shape[name] for name in ROWS)
     of_process: dict[int, set[int]] = {}
-    for device, (index,) in batch_sharding(mesh).devices_indices_map((rows,)).items():
+    for device, (index,) in batch_sharding(mesh).devices_indices_map((count,)).items():
         of_process.setdefault(device.process_index, set()).add(index.start or 0)
-    shares = sorted({tuple(sorted(held)) for held in of_process.values()})
-    if sum(map(len, shares)) != rows or len({len(share) for share in shares}) > 1:
+    shares = {frozenset(parts) for parts in of_process.values()}
+    if sum(map(len, shares)) != count or len({len(parts) for parts in shares}) > 1:
         raise ValueError(
             f"mesh {dict(mesh.shape)}: the rows of {len(of_process)} processes overlap; choose context x tensor so "
             "that it divides the devices of a process, or is a multiple of them"
         )
-    return shares.index(tuple(sorted(of_process[jax.process_index()]))), len(shares)
+    return tuple(sorted(of_process[jax.process_index()])), count
 
 
 def padded(batch: Any, mesh: Mesh) -> Any:
@@ -151,13 +153,13 @@ def put_batch(batch: Any, sharding: NamedSharding) -> Any:
     """Global arrays of a Batch from the rows that this process has read: its share, see `row_share`.
 
     Args:
-      batch: NumPy leaves; the rows are an equal share of every leaf's first axis.
+      batch: NumPy leaves, whose first axis has this process's rows in the order of the global batch.
       sharding: of the rows, as `batch_sharding` gives it.
     """
     mesh = sharding.mesh
-    batch, count = padded(batch, mesh), row_share(mesh)[1]
+    batch, (parts, count) = padded(batch, mesh), row_share(mesh)
 
     def place(x, where):
-        return jax.make_array_from_process_local_data(where, x, (x.shape[0] * count, *x.shape[1:]))
+        return jax.make_array_from_process_local_data(where, x, (x.shape[0] // len(parts) * count, *x.shape[1:]))
 
     return jax.tree.map(place, batch, batch_shardings(batch, mesh))

@@ -157,7 +157,7 @@ def test_reading_leaves_the_accelerator_alone(tiny_set):
 def test_impossible_requests_are_refused(train):
     with pytest.raises(ValueError, match="inputs=5, views=4"):
         dataset(train, inputs=5)
-    with pytest.raises(ValueError, match="3 objects cannot be shared by 2 processes"):
-        dataset(train, batch=3, shard=(0, 2))
+    with pytest.raises(ValueError, match="3 objects cannot be split into 2 equal parts"):
+        dataset(train, batch=3, share=((0,), 2))
     with pytest.raises(ValueError, match="has 7 views, 8 are to be drawn"):
         next(iter(dataset(train, views=8)))

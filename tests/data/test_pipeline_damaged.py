@@ -29,7 +29,7 @@ def train(tiny_set):
 def iterator(source, told, index=0, count=1, views=3, **config):
     arguments = dict(batch=4, views=views, inputs=1, input_size=(28, 28), render_size=(28, 28), seed=5)
     config = PipelineConfig(**config)
-    return iter(training_dataset(source, shard=(index, count), config=config, report=told.append, **arguments))
+    return iter(training_dataset(source, share=((index,), count), config=config, report=told.append, **arguments))
 
 
 def numbers(batches, steps):

@@ -19,7 +19,9 @@ def train(tiny_set):
     return open_split(tiny_set, "train")
 
 
-def iterator(source, index=0, count=1, **config):
+def iterator(source, *share, **config):
+    """With one part of so many, or with several."""
+    *parts, count = share or (0, 1)
     return iter(
         training_dataset(
             source,
@@ -29,7 +31,7 @@ def iterator(source, index=0, count=1, **config):
             input_size=(28, 28),
             render_size=(32, 32),
             seed=5,
-            shard=(index, count),
+            share=(parts, count),
             config=PipelineConfig(**config),
         )
     )
@@ -65,6 +67,17 @@ def test_the_order_is_that_of_the_positions(train, sequence):
 @pytest.mark.parametrize("count", [2, 4])
 def test_any_number_of_processes_reads_the_same_batches(train, sequence, count):
     assert_same(sequence, take_together([iterator(train, i, count) for i in range(count)], 10))
+
+
+def test_the_parts_of_a_process_need_not_follow_each_other(train, sequence):
+    first, second = (take(iterator(train, *parts, 4), 10) for parts in ((0, 2), (1, 3)))
+    assert_same(
+        sequence,
+        [
+            jax.tree.map(lambda x, y: np.stack([x, y], 1).reshape(-1, *x.shape[1:]), *pair)
+            for pair in zip(first, second, strict=True)
+        ],
+    )
 
 
 @pytest.mark.parametrize("saved_at", [0, 1, 3, 4])

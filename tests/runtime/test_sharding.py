@@ -1,5 +1,7 @@
 """Sharding: the rules, the mesh, and where a batch lies. The same numbers on more devices: tests/training."""
 
+from unittest.mock import Mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,10 +95,39 @@ def test_views_are_padded_by_copies_that_do_not_count():
 
 @pytest.mark.parametrize(
     ("shape", "per_process", "expected"),
-    [((4, 1, 1, 1), 2, (0, 2)), ((1, 1, 4, 1), 2, (0, 1)), ((2, 1, 4, 1), 2, (0, 2)), ((2, 2, 2, 1), 1, (0, 4))],
+    [
+        ((4, 1, 1, 1), 2, ((0, 1), 4)),
+        ((1, 1, 4, 1), 2, ((0,), 1)),
+        ((2, 1, 4, 1), 2, ((0,), 2)),
+        ((2, 2, 2, 1), 1, ((0,), 4)),
+    ],
 )
 def test_processes_with_the_same_rows_read_the_same_share(shape, per_process, expected):
     assert row_share(mesh_of(shape, per_process)) == expected
+
+
+def test_a_process_reads_the_rows_of_its_devices_wherever_they_lie():
+    """As on a TPU, where the chips of a host are a square of the torus."""
+    devices = mesh_of((16, 1, 1, 1)).devices.reshape(4, 4)
+    for row, column in np.ndindex(4, 4):
+        devices[row, column].process_index = row // 2 * 2 + column // 2
+    mesh = jax.sharding.Mesh(devices.reshape(8, 2, 1, 1), AXES)
+    assert row_share(mesh) == ((0, 1, 4, 5), 16)
+
+
+@pytest.mark.parametrize(("platform", "shape"), [("gpu", (2, 2, 2, 1)), ("gpu", (1, 4, 2, 1)), ("tpu", (1, 4, 2, 1))])
+def test_hosts_are_apart_along_data_and_only_slices_of_tpus_must_be(platform, shape):
+    kind = {"platform": platform, "device_kind": "", "process_index": 0}
+    devices = [Mock(jax.Device, id=i, slice_index=i % 2, **kind) for i in range(8)]
+    config = MeshConfig(*shape)
+    if platform == "tpu":
+        with pytest.raises(ValueError, match=r"mesh\.data 1 must be a multiple of the 2 slices"):
+            config.make(devices)
+        return
+    placed = config.make(devices).devices
+    assert placed.shape == shape and {device.id for device in placed.flat} == set(range(8))
+    if shape[0] == 2:
+        assert [{device.slice_index for device in part.flat} for part in placed] == [{0}, {1}]
 
 
 def test_rows_that_overlap_in_part_are_refused():
