@@ -32,6 +32,8 @@ import orbax.checkpoint as ocp
 from geolrm_jax.runtime.logging import read_metrics
 
 ROOT = Path(__file__).parents[1]
+# Without it XLA's CPU client may begin independent collectives of a device in any order, and then wait for ever.
+ORDERED = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 CONFIG = ROOT / "tests" / "configs" / "tiny_proposal.py"
 FEW_STEPS = 8  # a round lives for about so many at most
 PATIENCE = 60  # seconds, beside those that JAX waits, that a process may take to end when another has died
@@ -54,8 +56,7 @@ class Setup:
             listener.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{listener.getsockname()[1]}"
         environment = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "programs"), **os.environ}
-        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": str(self.processes)}
-        environment["NPROC"] = "32"  # threads of XLA: a process that waits for others holds one
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": str(self.processes), "XLA_FLAGS": ORDERED}
         environment |= {"JAX_COORDINATOR_ADDRESS": address, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         command = [sys.executable, "-m", "geolrm_jax.cli", "train", "--config", str(CONFIG), "--workdir", str(workdir)]
         command += ["--heartbeat", str(self.heartbeat), "--join", str(self.join)]

@@ -47,8 +47,7 @@ survival = load_survival()
 def start(workdir, options, *, processes=1, devices=1, wide=False, config=CONFIG):
     """The processes of a run; what they say goes to files beside the work directory."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment["NPROC"] = "32"  # threads of XLA: a device that waits for others holds one
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {survival.ORDERED}"
     options = [str(option) for option in options]
     if wide:
         environment |= {"WIDE": "1", "JAX_ENABLE_X64": "1"}

@@ -150,7 +150,7 @@ def run(processes, *command, devices=2, timeout=300):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "NPROC": "32"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     words, started = [tempfile.TemporaryFile("w+") for _ in range(processes)], []  # noqa: SIM115
     try:
         for index, file in enumerate(words):

@@ -80,8 +80,9 @@ MESHES = ("fsdp=2", "context=4", "tensor=2", "context=8")
 @pytest.mark.parametrize("stage", ["proposal", "reconstruction"])
 def test_eight_devices_give_the_numbers_of_one_and_move_no_pictures(stage, request, tmp_path):
     config = str(request.config.rootpath / "tests" / "configs" / "tiny.py")
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    environment["NPROC"] = "32"  # threads of XLA: a device that waits for others holds one
+    # The second flag: else XLA's CPU client may begin independent collectives in any order, and then wait for ever.
+    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    environment = {**os.environ, "XLA_FLAGS": flags}
     command = [sys.executable, "-c", PROGRAM, config, str(tmp_path / "data"), stage, *MESHES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -298,7 +298,6 @@ close(ours, jax.jit(functools.partial(gradients, "xla"))(*arguments), 1e-5)
 @pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name.endswith("_interpret")])
 def test_on_a_mesh_every_device_has_its_scenes_and_heads(implementation):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    environment["NPROC"] = "32"  # threads of XLA: a device that waits for others holds one
     program = ON_FOUR_DEVICES.format(folder=str(Path(__file__).parent), implementation=implementation)
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
 
