@@ -45,7 +45,8 @@ def plan(experiment: Experiment, stage: str, topology: str, axes: MeshConfig, *,
       inputs: views that the networks see; the targets are `stage.views`, or as many.
 
     Returns:
-      What `geolrm plan --json` writes. Bytes and FLOPs are those of one chip and one step.
+      What `geolrm plan --json` writes. Bytes and FLOPs are those of one chip and one step; those that only a program
+      that fits tells are None for one that the compiler has no memory for.
 
     Raises:
       ValueError: for a topology that is not known, a mesh or batch that does not divide, or without libtpu.
@@ -107,7 +108,8 @@ def plan(experiment: Experiment, stage: str, topology: str, axes: MeshConfig, *,
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return result | {"fits": False, "does_not_fit": readable(str(error))}
+        unknown = dict.fromkeys(("hbm_bytes_per_chip", "collectives", "pictures_moved"))
+        return result | unknown | {"fits": False, "does_not_fit": readable(str(error))}
     hbm = memory(compiled.memory_analysis(), arguments)
     result |= {"hbm": hbm, "hbm_bytes_per_chip": hbm["total"], "fits": not chip or hbm["total"] <= chip.hbm}
     program = hlo.parse(compiled.as_text())
@@ -227,7 +229,7 @@ def communication(program: hlo.Program, mesh: Mesh, of_pictures: Callable[[str],
         "pictures_moved": [
             {"kind": c.kind, "shape": c.shape, "source": c.source}
             for c in found
-            if c.kind != "all-reduce" and of_pictures(c.shape)  # sums over pictures are no pictures
+            if of_pictures(c.shape)  # sums too: a gather may be written as one, of zeros but for the own part
         ],
         "bytes_per_chip": program.memory_traffic(),
         "loops_counted_once": program.unknown(),
@@ -280,9 +282,18 @@ def usual_meshes(chips: int) -> list[MeshConfig]:
 
 
 def sweep(
-    experiment: Experiment, stage: str, topology: str, meshes: Sequence[MeshConfig], *, inputs: int
+    experiment: Experiment,
+    stage: str,
+    topology: str,
+    meshes: Sequence[MeshConfig],
+    *,
+    inputs: int,
+    refused: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     """Plans each mesh with 1, 2, 4, ... objects for each of its parts of a batch, until they do not fit.
+
+    Args:
+      refused: called with a line for each mesh that the networks cannot be split over.
 
     Yields:
       What `plan` returns, one after the other.
@@ -290,12 +301,17 @@ def sweep(
     if topology.split(":")[0] not in CHIPS:
         raise ValueError(f"{topology}: a sweep needs a memory to fill: expected one of {', '.join(CHIPS)}")
     chips = len(described(topology))
-    for mesh in meshes:
-        objects, fits = mesh.rows(chips), True
+    for mesh, objects in zip(meshes, [mesh.rows(chips) for mesh in meshes], strict=True):
+        fits = True
         while fits:
             config = dataclasses.replace(experiment.stages[stage], batch=objects, accumulation=1)
             tried = dataclasses.replace(experiment, **{stage: config})
-            yield (found := plan(tried, stage, topology, mesh, inputs=inputs))
+            try:
+                found = plan(tried, stage, topology, mesh, inputs=inputs)
+            except ValueError as error:
+                refused(f"{', '.join(f'{axis} {size}' for axis, size in mesh.shape(chips).items())}: {error}")
+                break
+            yield found
             objects, fits = 2 * objects, found["fits"]
 
 

@@ -49,19 +49,28 @@ def run(arguments: Sequence[str], program: str) -> None:
     if known.stage not in experiment.stages:
         raise ValueError(f"stage {known.stage!r}: this config has {', '.join(experiment.stages)}")
     use_cpu(known.topology)
-    meshes, inputs = known.mesh or [experiment.mesh], known.inputs or max(experiment.stages[known.stage].inputs)
-    if not known.sweep:
-        planned = plan.plan(experiment, known.stage, known.topology, meshes[0], inputs=inputs)
-        show(planned)
-    else:
-        planned = []
-        meshes = known.mesh or plan.usual_meshes(len(plan.described(known.topology)))
-        for found in plan.sweep(experiment, known.stage, known.topology, meshes, inputs=inputs):
-            planned.append(found)
-            logging.notice(summary(found))
-        show_sweep(planned)
+    stage = experiment.stages[known.stage]
+    inputs = known.inputs or max(stage.inputs) + max(stage.other_inputs)
+    if known.sweep:
+        sweep(experiment, known, inputs)
+        return
+    [mesh] = known.mesh or [experiment.mesh]
+    planned = plan.plan(experiment, known.stage, known.topology, mesh, inputs=inputs)
+    show(planned)
     if known.json:
         plan.write(planned, known.json)
+
+
+def sweep(experiment: config.Experiment, known: argparse.Namespace, inputs: int) -> None:
+    """Tells of each plan, and writes it, when it is there: all of them may take hours."""
+    planned: list[dict[str, Any]] = []
+    meshes = known.mesh or plan.usual_meshes(len(plan.described(known.topology)))
+    for found in plan.sweep(experiment, known.stage, known.topology, meshes, inputs=inputs, refused=logging.notice):
+        planned.append(found)
+        logging.notice(summary(found))
+        if known.json:
+            plan.write(planned, known.json)
+    show_sweep(planned)
 
 
 def use_cpu(topology: str) -> None:

@@ -27,6 +27,12 @@ def parse(monkeypatch):
     return parse
 
 
+def check_batches(experiment, devices):
+    """Every part of a batch is split evenly."""
+    for stage in experiment.stages.values():
+        assert stage.batch // stage.accumulation % experiment.mesh.rows(devices) == 0, stage
+
+
 def test_the_slurm_script(parse):
     script = LAUNCH / "slurm.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
@@ -35,6 +41,8 @@ def test_the_slurm_script(parse):
     words = [word for word in shlex.split(command) if word != "$@"]
     experiment, _, watch = parse(words)
     assert experiment.name == "geolrm" and watch.hang_exit
+    nodes, gpus = (int(re.search(rf"--{option}=(\d+)", text).group(1)) for option in ("nodes", "gpus-per-node"))
+    check_batches(experiment, nodes * gpus)
     limit = int(re.search(r"--signal=TERM@(\d+)", text).group(1))
     assert watch.save_seconds < limit
     assert f'"$code" -eq {PREEMPTED} ' in text and f'"$code" -eq {NOT_SAVED} ' in text
@@ -52,6 +60,8 @@ def test_the_job_sets(name, parse):
     experiment, _, watch = parse([*container["command"], *container["args"]])
     assert experiment.name == "geolrm"
     assert watch.save_seconds < pod["terminationGracePeriodSeconds"]
+    [chips] = container["resources"]["limits"].values()
+    check_batches(experiment, chips * spec["parallelism"])
     [rule] = spec["podFailurePolicy"]["rules"]
     assert (
         rule["onExitCodes"]["values"] == [PREEMPTED, NOT_SAVED]

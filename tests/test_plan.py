@@ -112,7 +112,22 @@ def test_what_does_not_divide_is_refused(tiny):
     with pytest.raises(ValueError, match="expected one of proposal, reconstruction"):
         plan.plan(experiment, "joint", "cpu:1", MeshConfig(), inputs=2)
     with pytest.raises(ValueError, match="a sweep needs a memory to fill"):
-        next(plan.sweep(experiment, "proposal", "cpu:1", [MeshConfig()], inputs=2))
+        next(plan.sweep(experiment, "proposal", "cpu:1", [MeshConfig()], inputs=2, refused=print))
+
+
+def test_a_sweep_goes_on_past_a_mesh_that_is_refused(tiny, monkeypatch):
+    def fake(experiment, stage, topology, mesh, *, inputs):
+        if mesh.context > 1:
+            raise ValueError("context must divide the heads")
+        return {"objects": experiment.stages[stage].batch, "fits": experiment.stages[stage].batch < 8}
+
+    monkeypatch.setattr(plan, "plan", fake)
+    monkeypatch.setattr(plan, "described", lambda topology: [None] * 4)
+    refused, experiment = [], load_config(tiny)
+    meshes = [MeshConfig(context=4), MeshConfig(fsdp=2)]
+    found = list(plan.sweep(experiment, "proposal", "v5e:2x2", meshes, inputs=2, refused=refused.append))
+    assert [row["objects"] for row in found] == [4, 8]
+    assert refused == ["data 1, fsdp 1, context 4, tensor 1: context must divide the heads"]
 
 
 def test_a_bad_mesh_ends_in_one_line(tiny, tmp_path):

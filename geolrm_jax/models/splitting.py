@@ -41,6 +41,8 @@ def spec_of(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
     """
     for pattern, names in RULES:
         if re.search(pattern, path):
+            if len(shape) < len(names):
+                return P()  # what an optimizer keeps by rows or columns
             last = zip(shape[len(shape) - len(names) :], names, strict=True)
             split = [name if sizes.get(name, 1) > 1 and length % sizes[name] == 0 else None for length, name in last]
             return P(*[None] * (len(shape) - len(names)), *split) if any(split) else P()

@@ -137,11 +137,12 @@ class Program:
         """How often a loop's body runs, if the text says so."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(known[1])
-        # A loop that counts compares with a constant, and looks at nothing else.
+        # A loop that counts goes on while its number is less than a constant, and looks at nothing else.
         condition = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
-        root = next(i for i in condition.values() if i.root)
+        root = _root(condition)
+        compare = _root(self.computations[root.called()[0]]) if root.opcode == "fusion" else root
         constants = [c for name in root.operands if (c := condition[name]).opcode == "constant"]
-        if root.opcode not in ("compare", "fusion") or len(root.operands) != 2 or len(constants) != 1:
+        if "direction=LT" not in compare.rest or len(root.operands) != 2 or len(constants) != 1:
             return None
         return int(constants[0].rest) if constants[0].rest.isdigit() else None  # as where a truth value is compared
 
@@ -153,6 +154,11 @@ class Program:
                 rounds = (self.trips(i) or 1) if i.opcode == "while" else 1
                 for inner in i.called():
                     yield from self._walk(inner, times * rounds, fused=fused)
+
+
+def _root(computation: Mapping[str, Instruction]) -> Instruction:
+    """What a computation gives."""
+    return next(i for i in computation.values() if i.root)
 
 
 def parse(text: str) -> Program:

@@ -99,7 +99,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def row_share(mesh: Mesh) -> tuple[tuple[int, ...], int]:
-    """(parts, count): a batch falls into so many equal parts, one for each place along `ROWS`; this process reads these.
+    """(parts, count): a batch has so many equal parts, one for each place along `ROWS`; this process reads these.
 
     They need not follow each other: on a TPU a host's chips lie apart in the mesh. Processes whose devices hold the
     same rows, along `context` or `tensor`, read the same parts.

@@ -28,6 +28,7 @@ SIZES = {"data": 2, "fsdp": 4, "context": 1, "tensor": 2}
         ("cross_attention/view_logit/kernel", (6, 384, 1), P()),
         ("mlp/w1/kernel", (6, 385, 1024), P(None, None, "tensor")),  # 385 does not divide
         ("norm1/scale", (6, 384), P()),
+        ("mlp/w1/kernel", (6,), P()),  # as Adafactor keeps of one
     ],
 )
 def test_rules(path, shape, expected):

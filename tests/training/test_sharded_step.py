@@ -37,7 +37,7 @@ experiment = replace(experiment, model=replace(experiment.model, **networks), **
 trainer = replace(make_trainer(experiment, name, data.parent, build(experiment.data, data)), start=lambda target: {})
 read = loop.with_inputs(next(iter(trainer.batches(0))), (0, 1))
 lpips = Lpips(rngs=nnx.Rngs(0), precision=experiment.precision) if name == "reconstruction" else None
-moved = re.compile(r"= ([^=]*) (?:all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\\(")
+moved = re.compile(r"= ([^=]*) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\\(")
 values = expected = None
 for text in ("data=1", *meshes):
     mesh = MeshConfig(**{axis: int(size) for axis, size in (pair.split("=") for pair in text.split(","))})
