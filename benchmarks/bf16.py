@@ -15,6 +15,7 @@ The loss is the mean over the last tenth of the steps; `psnr` is that of the uns
 
 import argparse
 import json
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -110,8 +111,9 @@ def main() -> None:
     ]
     logging.summary(f"{known.steps} steps, {known.size}² pixels, {known.anchors} anchors", rows, [])
     if known.json:
-        about = {"steps": known.steps, "size": known.size, "anchors": known.anchors, "batch": 2}
-        known.json.write_text(json.dumps({**environment(0, "flax"), **about, "variants": results}, indent=2) + "\n")
+        about = {"steps": known.steps, "size": known.size, "anchors": known.anchors}
+        about |= {"batch": experiment.reconstruction.batch, "variants": results}
+        known.json.write_text(json.dumps({**environment(os.cpu_count(), "flax"), **about}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
