@@ -121,10 +121,9 @@ class Checkpoints:
             by_first(str(self.directory), self._prepare)  # nobody looks before it is done
         elif not self.directory.is_dir():
             raise FileNotFoundError(f"no checkpoints at {self.directory}: expected a folder that training has written")
-        self._processes = ocp.options.MultiprocessingOptions()
-        if not write:
-            me = jax.process_index()
-            self._processes = ocp.options.MultiprocessingOptions(me, {me}, f"reader_{me}")
+        me = jax.process_index()
+        alone = () if write else (me, {me}, f"reader_{me}")
+        self._processes = ocp.options.MultiprocessingOptions(*alone)
         self._checkpointer = ocp.AsyncCheckpointer(
             Checksummed(
                 model=ocp.StandardCheckpointHandler(multiprocessing_options=self._processes),
@@ -260,6 +259,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            self._saving = None  # Orbax tells of an error once: the next `wait` would find the checkpoint complete
             raise OSError(
                 f"checkpoint {self._folder(step)} could not be written, those before it are as they were: "
                 f"{first_line(error)}"

@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, disks that are full, folders that are shared: a clear error or the one before."""
 
+import contextlib
 import fcntl
 import os
 import resource
@@ -166,24 +167,33 @@ def test_what_a_kill_leaves_is_no_checkpoint_and_goes(saved):
     assert sorted(os.listdir(saved)) == ["1", "2"]
 
 
+@pytest.mark.parametrize("before", [[], ["1", "2"]])
 @pytest.mark.parametrize("noticed", ["at once", "at the end"])
-def test_a_write_that_fails_is_an_error_and_the_checkpoints_before_it_stay(saved, noticed):
+def test_a_write_that_fails_is_an_error_and_the_checkpoints_before_it_stay(saved, noticed, before):
     """Files may not pass 100 kB here: writing fails in TensorStore's threads as on a full disk."""
-    writing = Checkpoints(saved, CONFIG, write=True)
+    if not before:
+        saved = saved.parent / "empty"
+    writing = Checkpoints(saved, CheckpointConfig(keep=1, best="none"), write=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OSError, match=r"checkpoints/3 could not be written, those before it are as they were: .*"):
+        with (
+            pytest.raises(OSError, match="/3 could not be written, those before it are as they were: .*"),
+            contextlib.closing(writing),  # as in the loop: it must not say anything else
+        ):
             writing.save(3, make_state(3), Position(3), {"loss": 3.0})
-            if noticed == "at the end":
-                writing.close()
-            for _ in range(200):
-                writing.check()
-                time.sleep(0.05)
+            if noticed == "at once":
+                for _ in range(200):
+                    writing.check()
+                    time.sleep(0.05)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    step, writing = restored(saved)
-    assert step == 2 and sorted(os.listdir(saved)) == ["1", "2"]
+    writing = Checkpoints(saved, CONFIG, write=True)
+    assert sorted(os.listdir(saved)) == before
+    if before:
+        writing.close()
+        step, writing = restored(saved)
+        assert step == 2
     writing.save(3, make_state(3), Position(3), {"loss": 3.0})
     writing.close()
     assert restored(saved)[0] == 3
