@@ -4,6 +4,7 @@ The first is the loop's (it goes on where it stopped); the rest is decided here.
 statistics of another run, averaged ones where it has them, and nothing else.
 """
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,10 @@ def restore_stage(
     """`params` and `batch_stats` of a stage's checkpoint, the structure they fit, and the checkpoint's step."""
     stage = experiment.stages[name]
     graphdef, shapes = abstract_model(stage.objective.networks(experiment.model), experiment.precision)
-    checkpoints = Checkpoints(workdir / name / "checkpoints", stage.checkpoint, write=False)
-    number = checkpoints.resolve(step)
-    variables = restore_variables(checkpoints, number, shapes)
-    checkpoints.close()
+    folder = workdir / name / "checkpoints"
+    with contextlib.closing(Checkpoints(folder, stage.checkpoint, write=False)) as checkpoints:
+        number = checkpoints.resolve(step)
+        variables = restore_variables(checkpoints, number, shapes)
     return variables, graphdef, number
 
 
@@ -113,9 +114,15 @@ def load_fitting(folder: Path, wanted: Flat, allow_missing: str | None = None) -
     Raises:
       ValueError: if others do not fit, with their names and shapes, or if none fits.
     """
-    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), write=False)
-    step = checkpoints.newest_for_all()
-    there = flatten_dict(checkpoints.model_arrays(step))
+    with contextlib.closing(Checkpoints(folder / "checkpoints", CheckpointConfig(), write=False)) as checkpoints:
+        step = checkpoints.newest_for_all()
+        there = flatten_dict(checkpoints.model_arrays(step))
+        fitting = _fitting(there, wanted, allow_missing, folder, step)
+        return flatten_dict(checkpoints.restore_model(step, unflatten_dict(fitting)))
+
+
+def _fitting(there: Flat, wanted: Flat, allow_missing: str | None, folder: Path, step: int) -> Flat:
+    """Those of the wanted arrays that are there in the same shape; raises and tells as `load_fitting` says."""
     networks = {path[1] for path in there} & {path[1] for path in wanted}
     there, here = ({path: x for path, x in tree.items() if path[1] in networks} for tree in (there, wanted))
     fitting = {path: x for path, x in here.items() if path in there and there[path].shape == x.shape}
@@ -137,9 +144,7 @@ def load_fitting(folder: Path, wanted: Flat, allow_missing: str | None = None) -
     for word, listed in (("fresh", unfit), ("not used", unused)):
         for name, shapes in sorted(listed.items()):
             logging.notice(f"  {word}: {name}: {shapes}")
-    loaded = checkpoints.restore_model(step, unflatten_dict(fitting))
-    checkpoints.close()
-    return flatten_dict(loaded)
+    return fitting
 
 
 def _name(path: tuple[str, ...]) -> str:

@@ -121,6 +121,7 @@ class Checkpoints:
             by_first(str(self.directory), self._prepare)  # nobody looks before it is done
         elif not self.directory.is_dir():
             raise FileNotFoundError(f"no checkpoints at {self.directory}: expected a folder that training has written")
+        self._check_version()
         me = jax.process_index()
         alone = () if write else (me, {me}, f"reader_{me}")
         self._processes = ocp.options.MultiprocessingOptions(*alone)
@@ -134,7 +135,6 @@ class Checkpoints:
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             multiprocessing_options=self._processes,
         )
-        self._check_version()
 
     def _prepare(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
