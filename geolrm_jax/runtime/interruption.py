@@ -30,7 +30,7 @@ class WatchConfig:
 
     hang_seconds: float = 1800.0
     """Without a step for so long, the stacks of all threads are written down; compilation counts as no step. Processes
-    wait so long for each other before the first."""
+    wait nine tenths of it for each other before the first, and then end with an error that names who is missing."""
     hang_exit: bool = False
     """Whether the process then ends, with code 70."""
     save_seconds: float = 300.0
@@ -66,7 +66,7 @@ class Preemption:
       Preempted: from `with`, if the notice came behind the last question: what is in it is then complete.
     """
 
-    listening = False  # whether any of this process is in `with`
+    listening = False  # whether any of this process is in `with`, or has left it because of a notice
     _calls = 0  # of `due` in this process, all stages together: JAX compares these numbers between processes
 
     def __init__(self, save_seconds: float):
@@ -84,7 +84,7 @@ class Preemption:
     def __exit__(self, kind: type | None, *error) -> None:
         self._ended.set()
         self._limiter.join()
-        Preemption.listening = False
+        Preemption.listening = self._told  # then the run ends by itself, as JAX wants it
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
         if self._told and kind is None:
@@ -143,8 +143,9 @@ def _leave(number: int, frame: object) -> None:
 def _end_when_told(ended: threading.Event) -> None:
     while not ended.wait(POLL):
         if not Preemption.listening and distributed.told():
-            if jax.process_index() == 0:  # it holds the service: the others hear from it, and abort when it is gone
-                time.sleep(5 * POLL)
+            # Process 0 holds the service: the others hear from it, and abort when it is gone.
+            if jax.process_index() == 0 and ended.wait(5 * POLL):
+                return
             _end("told to stop outside of training: ending at once", PREEMPTED)
 
 
@@ -177,7 +178,7 @@ class Watchdog:
         self._thread.join()
 
     def beat(self, done: int) -> None:
-        """Says that step `done` has ended."""
+        """Says that step `done` has ended, or is what the next one goes on from."""
         self._beaten, self._done = time.monotonic(), done
 
     def _watch(self) -> None:

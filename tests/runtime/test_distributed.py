@@ -3,11 +3,13 @@
 Run as a program, this file is one of two processes.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -217,6 +219,27 @@ def test_outside_of_training_a_notice_ends_a_process_at_once():
         time.sleep(0.01)
         raise AssertionError("not ended")
     assert raised.value.code == interruption.PREEMPTED and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_who_ends_by_itself_after_a_notice_is_left_alone(training, monkeypatch):
+    """A process of several that has saved, and one that is done while it gives the others time to hear."""
+    ended, notice = [], threading.Event()
+    monkeypatch.setattr(interruption, "_end", lambda why, code: ended.append(code))
+    monkeypatch.setattr(interruption, "POLL", 0.1)
+    monkeypatch.setattr(interruption.Preemption, "listening", False)
+    monkeypatch.setattr(distributed, "told", notice.is_set)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(interruption.multihost_utils, "reached_preemption_sync_point", lambda number: True)
+    with interruption.ending_when_told():
+        if training:
+            with contextlib.suppress(Preempted), Preemption(save_seconds=60.0) as preemption:
+                notice.set()
+                assert preemption.due()
+            time.sleep(0.8)
+        notice.set()
+        time.sleep(0.3)
+    assert not ended
 
 
 @pytest.mark.slow
