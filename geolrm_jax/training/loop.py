@@ -208,7 +208,9 @@ def train_in_order(
         stack.enter_context(contextlib.closing(batches))
         checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(trainer)))
         first, state = checkpoints.restore_newest(prepared.abstract_state, batches) or (0, prepared.init())
-        distributed.barrier(f"{trainer.name}: starting from step {first}", trainer.watch.hang_seconds)
+        watchdog.beat(first)
+        # Before the watchdog bites: the barrier knows whose host is missing.
+        distributed.barrier(f"{trainer.name}: starting from step {first}", 0.9 * trainer.watch.hang_seconds)
         saved = checkpoints.metrics(first) if first else {}
         if first:
             logging.notice(f"{trainer.name}: going on from the checkpoint of step {first}")

@@ -9,7 +9,7 @@ import jax
 from geolrm_jax.export.files import written_whole
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checkpoint import Checkpoints
-from geolrm_jax.runtime.exclusive import agreed
+from geolrm_jax.runtime.exclusive import agreed, by_first
 from geolrm_jax.training.monitor import RECENT, Diverged
 
 FILE = "order.json"
@@ -20,11 +20,21 @@ def read_order(directory: Path) -> int:
 
     Args:
       directory: of the stage.
+
+    Raises:
+      ValueError: on all processes, if the file that holds it is damaged.
     """
-    file, order = directory / FILE, 0
-    if jax.process_index() == 0 and file.is_file():
-        order = json.loads(file.read_bytes())["order"]
-    return agreed(order)
+    file = directory / FILE
+    return agreed(by_first(str(file), lambda: _read_order(file)) or 0)
+
+
+def _read_order(file: Path) -> int:
+    if not file.is_file():
+        return 0
+    try:
+        return int(json.loads(file.read_bytes())["order"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{file}: expected {{"order": N}} of N rollbacks so far, got: {error}') from error
 
 
 def roll_back(directory: Path, stage: Any, checkpoints: Checkpoints, order: int, diverged: Diverged) -> int:

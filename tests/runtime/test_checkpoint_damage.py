@@ -178,7 +178,7 @@ def test_a_write_that_fails_is_an_error_and_the_checkpoints_before_it_stay(saved
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with (
-            pytest.raises(OSError, match="/3 could not be written, those before it are as they were: .*"),
+            pytest.raises(OSError, match="/3 could not be written, those before it are as they were: "),
             contextlib.closing(writing),  # as in the loop: it must not say anything else
         ):
             writing.save(3, make_state(3), Position(3), {"loss": 3.0})

@@ -14,13 +14,14 @@ from geolrm_jax.config import load_config
 from geolrm_jax.data.pipeline import record_order
 from geolrm_jax.recipe import data_seed
 from geolrm_jax.runtime.checkpoint import Checkpoints
-from geolrm_jax.runtime.interruption import Preempted, Preemption
+from geolrm_jax.runtime.interruption import Preempted, Preemption, WatchConfig
 from geolrm_jax.runtime.logging import read_metrics
 from geolrm_jax.runtime.sharding import MeshConfig, batch_sharding
 from geolrm_jax.scene import Batch, Cameras, Views
 from geolrm_jax.training import loop
 from geolrm_jax.training.batches import Batches
 from geolrm_jax.training.guard import GuardConfig, init_guard, judge
+from geolrm_jax.training.rollback import read_order
 
 NAN = float("nan")
 
@@ -239,6 +240,27 @@ def test_orders_differ_and_a_restart_keeps_its_order():
     later = Batches(lambda order: Losses(order, lambda order, position: order), order=3)
     later.set_state(state)
     assert later.order == 3 and later.get_state()["position"] == 1
+
+
+def test_the_wait_for_the_other_hosts_ends_before_the_watchdogs_time(make_trainer, monkeypatch):
+    order = []
+    monkeypatch.setattr(loop.Watchdog, "beat", lambda self, done: order.append(done))
+    monkeypatch.setattr(loop.distributed, "barrier", lambda name, seconds: order.append(f"{name}, {seconds:g}"))
+    for first, steps in ((0, 2), (2, 3)):
+        trainer = make_trainer(lambda order, position: 1.0, steps=steps)
+        loop.train(dataclasses.replace(trainer, watch=WatchConfig(hang_seconds=100.0)))
+        assert order == [0, first, f"stage: starting from step {first}, 90", *range(first + 1, steps + 1)]
+        order.clear()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"order": "second"}'])
+def test_a_damaged_order_is_an_error_that_names_its_file(content, tmp_path):
+    assert read_order(tmp_path) == 0
+    (tmp_path / "order.json").write_text(content)
+    with pytest.raises(ValueError, match=r'order\.json: expected {"order": N}'):
+        read_order(tmp_path)
+    (tmp_path / "order.json").write_text('{"order": 2}')
+    assert read_order(tmp_path) == 2
 
 
 def test_a_notice_at_the_step_that_rolls_back_is_heeded_behind_the_next(make_trainer, monkeypatch):
