@@ -53,7 +53,8 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Checkpoints of multiples of this step are kept for good; a multiple of `every`."""
     best: str = "loss"
-    """Training metric whose best value `best` stands for, the mean of an interval of `every` steps; it is kept too."""
+    """Training metric whose best value `best` stands for, which is kept too: the mean of `every` steps, or of the whole
+    stage where it has fewer. A checkpoint within such an interval, be it the last, is never the best."""
     higher_is_better: bool = False
     """Whether the highest value of that metric is the best, or the lowest."""
 
@@ -62,9 +63,7 @@ class CheckpointConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"checkpoint.{name} must be at least 1, got {getattr(self, name)}")
         if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
-            raise ValueError(
-                f"checkpoint.keep_every {self.keep_every} must be a multiple of checkpoint.every {self.every}"
-            )
+            raise ValueError(f"checkpoint.keep_every {self.keep_every} is no multiple of checkpoint.every {self.every}")
 
     def best_of(self, metrics: Mapping[int, Mapping[str, float]]) -> int | None:
         """The step of the best metrics, the later one of equals; None where no step has the metric as a number."""

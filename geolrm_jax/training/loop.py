@@ -234,14 +234,14 @@ def train_in_order(
             }
             profile.after(done, state)
             stop = preemption.due()
-            due = done % stage.checkpoint.every == 0 or done == stage.steps
-            save = stop or due
+            whole = done % min(stage.checkpoint.every, stage.steps) == 0
+            save = stop or whole or done == stage.steps
             monitor.add(done, metrics, host, damaged=batches.damaged, flush=save)
             watchdog.beat(done)
             if done % stage.log_every == 0:
                 checkpoints.check()
             if save:
-                checkpoints.save(done, state, batches, monitor.since_save(due))
+                checkpoints.save(done, state, batches, monitor.since_save(whole))
             if stop:
                 checkpoints.wait()
                 raise Preempted(f"{trainer.name}: told to stop; saved at step {done} of {stage.steps}")

@@ -111,15 +111,15 @@ class Monitor:
             self.in_flight = None
             self._write(done, damaged)
 
-    def since_save(self, due: bool) -> dict[str, float]:
+    def since_save(self, whole: bool) -> dict[str, float]:
         """What a checkpoint says: what a restart needs of this object and, at the end of an interval, its means.
 
         Args:
-          due: whether an interval between checkpoints of the schedule ends here. Else, at a notice, there are no means,
-            which few steps would make a chance best, but sums: a restart goes on with the interval.
+          whole: whether an interval between checkpoints of the schedule ends here. Else, at a notice or a last step in
+            one, there are no means, which few steps would make a chance best, but sums: a restart goes on with it.
         """
         of_restart = {DOUBLINGS: float(self.doublings), RECENT: float(self.recent)}
-        if not due:
+        if not whole:
             sums = {SUM + name: total for name, (total, _) in self.interval.items()}
             return of_restart | sums | {COUNT + name: steps for name, (_, steps) in self.interval.items()}
         means = {name: total / steps for name, (total, steps) in self.interval.items()}
@@ -137,7 +137,7 @@ class Monitor:
             # The rest says nothing about training; an overflow, which may be why, must still raise the capacity.
             values = {name: values[name] for name in ("skipped", "overflow") if name in values}
         if values.get("overflow"):
-            self._grow(done, int(values["overflow"]), ran)
+            self._grow(done, round(self.stage.accumulation * values["overflow"]), ran)  # it is the parts' mean
         for name, value in {**values, **host}.items():
             self.since_line[name].append(value)
             total, steps = self.interval.get(name, (0.0, 0.0))

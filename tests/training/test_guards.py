@@ -242,6 +242,17 @@ def test_orders_differ_and_a_restart_keeps_its_order():
     assert later.order == 3 and later.get_state()["position"] == 1
 
 
+@pytest.mark.parametrize(("steps", "means", "best"), [(10, {4: 2.5, 8: 6.5}, 4), (3, {3: 2.0}, 3)])
+def test_a_last_checkpoint_amid_an_interval_is_not_judged_unless_it_is_the_only_one(make_trainer, steps, means, best):
+    # The last two of ten steps have the lowest loss, by chance.
+    trainer = make_trainer(lambda order, position: 0.5 if position >= 8 else 1.0 + position, steps=steps, every=4)
+    loop.train(trainer)
+    checkpoints = Checkpoints(trainer.directory / "stage" / "checkpoints", trainer.stage.checkpoint, write=False)
+    found = {step: checkpoints.metrics(step).get("loss") for step in checkpoints.steps}
+    assert found == dict.fromkeys([steps]) | means
+    assert checkpoints.resolve("best") == best and checkpoints.resolve("latest") == steps
+
+
 def test_the_wait_for_the_other_hosts_ends_before_the_watchdogs_time(make_trainer, monkeypatch):
     order = []
     monkeypatch.setattr(loop.Watchdog, "beat", lambda self, done: order.append(done))

@@ -144,6 +144,12 @@ def test_an_overflow_of_a_skipped_step_raises_the_capacity_too(stage, tmp_path):
     assert built[1].pairs_per_gaussian == 2 * built[0].pairs_per_gaussian
 
 
+def test_an_overflow_in_one_part_of_an_accumulated_step_is_told_in_full(stage, tmp_path, capsys):
+    monitor, built = make_monitor(dataclasses.replace(stage, batch=8, accumulation=8), tmp_path)
+    add(monitor, 1, metrics(1.0, overflow=3 / 8), flush=True)
+    assert "left out 3 (Gaussian, tile) pairs" in capsys.readouterr().out and len(built) == 2
+
+
 def test_drawn_inputs_cover_the_choices_and_repeat(stage):
     paper = dataclasses.replace(stage, views=8, inputs=(1, 4, 7))
     drawn = [drawn_inputs(paper, 3, step) for step in range(300)]
