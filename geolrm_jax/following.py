@@ -11,14 +11,13 @@ from typing import Any
 
 from geolrm_jax.config import Experiment, read_config
 from geolrm_jax.export.files import written_whole
-from geolrm_jax.recipe import evaluate, evaluated_split, open_records, report_suffix
+from geolrm_jax.recipe import EVALUATED, evaluate, evaluated_split, open_records, report_suffix
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checkpoint import Checkpoints
 from geolrm_jax.runtime.checksums import find_damage, fingerprint
 
 METRICS = {"psnr": 1, "ssim": 1, "lpips": -1, "chamfer": -1}  # of a report's summary; 1: the highest is the best
 STAGE = "reconstruction"
-EVALUATED = "checkpoint.json"  # beside a report: the fingerprint of what it is of
 
 
 @dataclass(frozen=True)
@@ -160,9 +159,10 @@ class _Reports:
         return self.workdir / STAGE / "checkpoints" / str(step)
 
     def make(self, step: int) -> None:
-        mark, found = self.folder(step) / EVALUATED, fingerprint(self.checkpoint(step))
-        for stale in (self.folder(step) / "report.json", mark):  # of a checkpoint that was replaced
-            stale.unlink(missing_ok=True)
+        # A report of a checkpoint that was replaced goes; one without a mark may be training's, that is just written.
+        if self._read(step, EVALUATED).get("crc32") not in (None, fingerprint(self.checkpoint(step))):
+            for stale in ("report.json", EVALUATED):
+                (self.folder(step) / stale).unlink(missing_ok=True)
         evaluate(
             self.workdir,
             step=step,
@@ -172,8 +172,6 @@ class _Reports:
             lpips_weights=self.config.lpips_weights,
             out=self.folder(step),
         )
-        with written_whole(mark) as temporary:
-            temporary.write_text(json.dumps({"crc32": found}) + "\n")
         if self.value(step) is None:
             raise ValueError(f"{self.folder(step)}: {self.config.metric} was not measured, choose another --metric")
         logging.notice(f"{self.folder(step)}: {self.config.metric} {self.value(step):.4f}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from geolrm_jax.evaluation.protocol import choose_inputs
 from geolrm_jax.evaluation.report import write_report
 from geolrm_jax.evaluation.results import EvaluationResults, environment
 from geolrm_jax.evaluation.runner import SURFACE, evaluate_objects, peak_memory_bytes
+from geolrm_jax.export.files import written_whole
 from geolrm_jax.export.ply import Flavour, write_ply
 from geolrm_jax.export.video import write_video
 from geolrm_jax.geometry.cameras import turntable
@@ -43,6 +45,7 @@ from geolrm_jax.training.loop import Trainer, train
 from geolrm_jax.weights import provenance
 from geolrm_jax.weights.lpips import load_lpips
 
+EVALUATED = "checkpoint.json"  # beside a report: the fingerprint of what it is of
 PICTURED = 12  # objects with pictures in a report
 FRAMES = 48  # of a turntable
 
@@ -208,6 +211,8 @@ def evaluate(
 ) -> Path:
     """Evaluates a checkpoint on the objects kept from training, or on `data`, and returns the path of report.json.
 
+    Behind the report a file beside it says which checkpoint, that may be saved anew, it is of.
+
     Args:
       workdir: all that is needed to rebuild the model.
       step: of the reconstruction stage.
@@ -218,7 +223,7 @@ def evaluate(
       out: folder of the report; by default `workdir/eval/STEP`, with `data`'s name and the split behind it if given.
     """
     experiment = read_config(workdir)
-    model, number = restore_model(experiment, workdir, step)
+    model, number, found = restore_model(experiment, workdir, step)
     protocol = replace(experiment.evaluation, split=evaluated_split(experiment, data, split))
     out = Path(out) if out else workdir / "eval" / f"{number}{report_suffix(data, split)}"
     lpips_file = lpips_weights or experiment.reconstruction.objective.lpips_weights
@@ -242,6 +247,8 @@ def evaluate(
             environment=environment(),
         ),
     )
+    with written_whole(out / EVALUATED) as temporary:
+        temporary.write_text(json.dumps({"crc32": found}) + "\n")
     return as_json
 
 
@@ -277,7 +284,7 @@ def export_example(experiment: Experiment, workdir: Path, out: Path) -> Path:
     """The first unseen object, reconstructed from the protocol's inputs, as files; returns their folder."""
     record = open_data(experiment.data, data_directory(experiment, workdir), experiment.evaluation.split)[0]
     inputs = choose_inputs(experiment.evaluation, record.view_ids, record.cameras(range(len(record.view_ids))))
-    model, _ = restore_model(experiment, workdir, "latest")
+    model, *_ = restore_model(experiment, workdir, "latest")
     gaussians = reconstruct(model, to_views(record.views(inputs)))
     folder = out / record.id.replace("/", "_")
     export(gaussians, folder, size=256)
@@ -313,7 +320,7 @@ def infer(
     read = read_transforms if (folder / "transforms.json").is_file() else read_gobjaverse
     images = read(folder, inputs)
     experiment = read_config(workdir)
-    model, number = restore_model(experiment, workdir, step)
+    model, number, _ = restore_model(experiment, workdir, step)
     views = to_views(images)
     jax.block_until_ready(reconstruct(model, views))
     begun = time.perf_counter()

@@ -15,6 +15,7 @@ from geolrm_jax.config import Experiment, read_config
 from geolrm_jax.inference import Model, abstract_model, restore_variables
 from geolrm_jax.runtime import logging
 from geolrm_jax.runtime.checkpoint import CheckpointConfig, Checkpoints
+from geolrm_jax.runtime.checksums import fingerprint
 from geolrm_jax.weights.dinov2 import load_dinov2
 
 Variables = dict[str, Any]
@@ -35,26 +36,18 @@ def load_model(workdir: Path | str, step: str | int = "latest") -> Model:
     return restore_model(read_config(Path(workdir)), Path(workdir), step)[0]
 
 
-def restore_model(experiment: Experiment, workdir: Path, step: str | int) -> tuple[Model, int]:
-    """The model of a work directory and the step of its checkpoint."""
+def restore_model(experiment: Experiment, workdir: Path, step: str | int) -> tuple[Model, int, int | None]:
+    """The model of a work directory, the step of its checkpoint and, from before it was read, its fingerprint."""
     if not experiment.reconstruction:
         raise ValueError(f"{workdir}: its config {experiment.name!r} trains no reconstruction network")
-    variables, graphdef, number = restore_stage(experiment, "reconstruction", workdir, step)
-    anchors = experiment.evaluation.max_anchors
-    return Model(variables, graphdef, experiment.evaluation.input_size, anchors, experiment.seed), number
-
-
-def restore_stage(
-    experiment: Experiment, name: str, workdir: Path, step: str | int = "latest"
-) -> tuple[Variables, Any, int]:
-    """`params` and `batch_stats` of a stage's checkpoint, the structure they fit, and the checkpoint's step."""
-    stage = experiment.stages[name]
+    stage, folder = experiment.reconstruction, workdir / "reconstruction" / "checkpoints"
     graphdef, shapes = abstract_model(stage.objective.networks(experiment.model), experiment.precision)
-    folder = workdir / name / "checkpoints"
     with contextlib.closing(Checkpoints(folder, stage.checkpoint, write=False)) as checkpoints:
         number = checkpoints.resolve(step)
+        found = fingerprint(folder / str(number))
         variables = restore_variables(checkpoints, number, shapes)
-    return variables, graphdef, number
+    anchors = experiment.evaluation.max_anchors
+    return Model(variables, graphdef, experiment.evaluation.input_size, anchors, experiment.seed), number, found
 
 
 def start(experiment: Experiment, name: str, workdir: Path, target: Variables) -> Variables:

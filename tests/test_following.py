@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from geolrm_jax import cli, following
+from geolrm_jax import cli, following, recipe
 from geolrm_jax.following import FollowConfig, follow
 
 QUICK = FollowConfig(poll=0.05, idle_timeout=120.0)
@@ -68,6 +68,16 @@ def test_it_goes_on_where_it_was_stopped(workdir, evaluated):
     # A report of fewer objects is another evaluation.
     follow(workdir, FollowConfig(poll=0.05, objects=1, metric="chamfer"))
     assert evaluated == [2, 4, 4]
+
+
+def test_what_training_has_evaluated_is_taken(trained, tmp_path, evaluated):
+    workdir = shutil.copytree(trained, tmp_path / "work")
+    shutil.rmtree(workdir / "eval")
+    recipe.evaluate(workdir)
+    report = workdir / "eval" / "4" / "report.json"
+    written = report.stat().st_mtime_ns
+    best = json.loads(follow(workdir, QUICK).read_text())
+    assert evaluated == [2] and report.stat().st_mtime_ns == written and best["steps"]["4"] == psnr(workdir, 4)
 
 
 def test_a_step_that_was_saved_anew_is_evaluated_anew(workdir, evaluated):
