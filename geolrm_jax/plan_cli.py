@@ -140,8 +140,11 @@ def show(planned: dict[str, Any]) -> None:
 
 def show_sweep(planned: Sequence[dict[str, Any]]) -> None:
     """Prints the plans that fit, the fastest first by the model."""
-    rows = Table("mesh", "objects", "GB a chip", "objects per second (model)", title="What fits")
     fitting = [p for p in planned if p["fits"]]
+    if not fitting:
+        logging.notice("none fits")
+        return
+    rows = Table("mesh", "objects", "GB a chip", "objects per second (model)", title="What fits")
     for p in sorted(fitting, key=lambda p: -p.get("model", {}).get("objects_per_second", 0)):
         mesh = ",".join(f"{axis}={size}" for axis, size in p["mesh"].items() if size > 1)
         rate = f"{p['model']['objects_per_second']:.1f}" if "model" in p else ""
