@@ -1,5 +1,6 @@
 """The released checkpoint's layout, in and out of work directories."""
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -90,10 +91,9 @@ def export_weights(workdir: Path, file: Path, *, step: str | int = "latest") -> 
     experiment = read_config(workdir)
     model = _whole_model(experiment, str(workdir))
     folder = workdir / "reconstruction" / "checkpoints"
-    checkpoints = Checkpoints(folder, experiment.reconstruction.checkpoint, write=False)
-    number = checkpoints.resolve(step)
-    keys = released.export(file, model, checkpoints.open_arrays(number))
-    checkpoints.close()
+    with closing(Checkpoints(folder, experiment.reconstruction.checkpoint, write=False)) as checkpoints:
+        number = checkpoints.resolve(step)
+        keys = released.export(file, model, checkpoints.open_arrays(number))
     logging.summary(
         f"{file}: written",
         [

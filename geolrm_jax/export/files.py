@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,8 @@ def written_whole(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    writer = f"{socket.gethostname()}.{os.getpid()}"  # in containers many processes have one number
+    temporary = path.with_name(f".{path.stem}.{writer}{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:
