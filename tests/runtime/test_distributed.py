@@ -226,7 +226,7 @@ def test_who_ends_by_itself_after_a_notice_is_left_alone(training, monkeypatch):
     """A process of several that has saved, and one that is done while it gives the others time to hear."""
     ended, notice = [], threading.Event()
     monkeypatch.setattr(interruption, "_end", lambda why, code: ended.append(code))
-    monkeypatch.setattr(interruption, "POLL", 0.1)
+    monkeypatch.setattr(interruption, "POLL", 0.4)
     monkeypatch.setattr(interruption.Preemption, "listening", False)
     monkeypatch.setattr(distributed, "told", notice.is_set)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
@@ -238,7 +238,7 @@ def test_who_ends_by_itself_after_a_notice_is_left_alone(training, monkeypatch):
                 assert preemption.due()
             time.sleep(0.8)
         notice.set()
-        time.sleep(0.3)
+        time.sleep(0.6)
     assert not ended
 
 
