@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import tyro
@@ -126,10 +127,8 @@ def load_config(name: str) -> Experiment:
     path = config_path(name)
     if path.suffix != ".py":
         raise ValueError(f"{path}: expected a .py file with a function get_config()")
-    spec = importlib.util.spec_from_file_location(f"geolrm_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = _module_of(path)
     except SyntaxError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from error
     if not hasattr(module, "get_config"):
@@ -138,6 +137,24 @@ def load_config(name: str) -> Experiment:
     if not isinstance(experiment, Experiment):
         raise ValueError(f"{path}: get_config() must return an Experiment, got {type(experiment).__name__}")
     return experiment
+
+
+def _module_of(path: Path) -> ModuleType:
+    """The file as a module: by its name where it lies in a package that can be imported, else by itself."""
+    package = []
+    for folder in path.resolve().parents:
+        if not (folder / "__init__.py").is_file():
+            break
+        package.insert(0, folder.name)
+    if package and importlib.util.find_spec(package[0]):
+        name = ".".join([*package, path.stem])
+        spec = importlib.util.find_spec(name)
+        if spec and spec.origin and Path(spec.origin).resolve() == path.resolve():
+            return importlib.import_module(name)  # its classes are found again by that name
+    spec = importlib.util.spec_from_file_location(f"geolrm_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def apply_overrides(experiment: Experiment, arguments: Sequence[str], *, program: str) -> Experiment:

@@ -124,7 +124,7 @@ def described(topology: str) -> Sequence[jax.Device]:
       ValueError: for another name, without libtpu, or if this process was started with fewer simulated devices.
     """
     kind, _, shape = topology.partition(":")
-    if kind == "cpu" and shape.isdigit():
+    if kind == "cpu" and shape.isdigit() and int(shape) > 0:
         devices = jax.devices("cpu")
         if len(devices) < int(shape):
             raise ValueError(

@@ -77,7 +77,7 @@ def use_cpu(topology: str) -> None:
     """Traces on the CPU whatever the machine has, with as many simulated devices as `cpu:N` says."""
     jax.config.update("jax_platforms", "cpu")
     kind, _, count = topology.partition(":")
-    if kind == "cpu" and count.isdigit():
+    if kind == "cpu" and count.isdigit() and int(count) > 0:
         jax.config.update("jax_num_cpu_devices", int(count))
 
 

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from geolrm_jax import cli
-from geolrm_jax.config import from_tree, load_config, to_tree
+from geolrm_jax.config import from_tree, load_config, read_config, to_tree, write_config
 from geolrm_jax.data.builders.shards import make_record
 from geolrm_jax.geometry.cameras import turntable
 from geolrm_jax.inference import abstract_model
@@ -154,3 +154,26 @@ def test_all_of_them_train_together_from_a_run_without_them(lab, base, trained, 
     last = read_metrics(tmp_path / "w" / "metrics.jsonl")[-1]
     assert last["step"] == 4 and np.isfinite(last["loss"]) and last["crispness"] > 0
     assert (tmp_path / "w" / "eval" / "4" / "report.json").is_file()
+
+
+def test_a_file_of_a_package_is_a_config_whose_classes_are_found_again(tmp_path, monkeypatch, tiny):
+    """By the command line's way, which is given a file and not a module."""
+    package = tmp_path / "own_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "run.py").write_text(
+        "from dataclasses import dataclass, replace\n"
+        "from geolrm_jax.config import load_config\n"
+        "from geolrm_jax.training.objectives import ProposalObjective\n"
+        "@dataclass(frozen=True)\n"
+        "class Own(ProposalObjective):\n"
+        "    pass\n"
+        "def get_config():\n"
+        f"    base = load_config({str(tiny)!r})\n"
+        "    return replace(base, proposal=replace(base.proposal, objective=Own()))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    experiment = load_config(str(package / "run.py"))
+    assert type(experiment.proposal.objective).__module__ == "own_package.run"
+    write_config(experiment, tmp_path / "work")
+    assert read_config(tmp_path / "work") == experiment
