@@ -194,7 +194,7 @@ def only_first(name: str) -> Iterator[bool]:
         yield True
         return
     _barriers[name] += 1
-    client, place = global_state.client, f"geolrm/work/{name}/{_barriers[name]}"
+    client, place = global_state.client, f"geolrm/done/{name}/{_barriers[name]}"
     if global_state.process_id == 0:
         try:
             yield True
